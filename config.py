@@ -1,0 +1,233 @@
+"""Every setting, its default, and what it means.
+
+Change a setting in one of three ways; later ones win:
+
+    config.model.n_layers = 6                                   at the end of this file
+    python train.py --preset quick                              a named set of settings
+    python train.py model.n_layers=6 data.dataset=mine.txt      on the command line
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+
+
+class UserError(Exception):
+    """A user's mistake: `run_main` prints `error: ` and this one sentence, and exits with code 2."""
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    n_layers: int = 8                       # transformer blocks
+    d_model: int = 256                      # width of the residual stream; a multiple of n_heads
+    n_heads: int = 8                        # attention heads
+    d_ff: int = 1024                        # width of the feed-forward (SwiGLU) layer
+    max_seq_len: int = 512                  # context length in tokens
+    dropout: float = 0.1                    # on the embedding and the two residual branches
+
+
+@dataclass(slots=True)
+class DataConfig:
+    dataset: str = "auto"                   # auto, tinystories, sample, a .txt file, a Hub name, a local folder
+    max_stories: int | None = 10_000        # training stories; none: all of them
+    max_val_stories: int | None = 1_000     # validation stories; none: all of them
+    data_dir: str = "data"                  # where the tokenized stories are kept
+
+
+@dataclass(slots=True)
+class TrainingConfig:
+    tokenizer_type: str = "gpt2"            # gpt2, char, bpe
+    bpe_vocab_size: int = 4096              # size of the bpe tokenizer's vocabulary
+    batch_size: int = 32                    # sequences per update
+    micro_batch_size: int | None = None     # sequences at a time, bounds memory; none: all of them
+    max_steps: int = 100_000                # updates; the run ends earlier when validation stops improving
+    max_minutes: float | None = None        # a budget that sets max_steps from the measured speed
+    optimizer: str = "muon"                 # muon (with adamw for embedding and norms), adamw
+    learning_rate: float = 3e-3             # the peak
+    warmup_steps: int = 50                  # updates of linear warm-up
+    decay_fraction: float = 0.5             # the last part of the run, in which the rate falls linearly to zero
+    weight_decay: float = 0.1               # on matrices
+    grad_clip: float = 1.0                  # largest gradient norm
+    eval_interval: int = 250                # updates between evaluations
+    eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
+    checkpoint_interval: int = 250          # updates between checkpoints
+    early_stopping_evals: int | None = 5    # evaluations without a better loss before the run winds down; none: never
+    seed: int = 1337                        # of initialisation, data order and dropout
+    use_amp: bool = True                    # mixed precision where the device is fast at it
+    compile: str = "auto"                   # torch.compile: auto, on, off
+    device: str = "auto"                    # auto, cpu, cuda, cuda:1, mps
+    checkpoint_dir: str = "checkpoints"
+    log_dir: str = "logs"
+
+
+PRESETS = {
+    "quick": {
+        "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
+        "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768, "model.max_seq_len": 256,
+        "training.batch_size": 8, "training.max_minutes": 5.0, "training.eval_interval": 100,
+    },
+    "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
+    "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536},
+}
+
+_CHOICES = {
+    "training.tokenizer_type": ("gpt2", "char", "bpe"),
+    "training.optimizer": ("muon", "adamw"),
+    "training.compile": ("auto", "on", "off"),
+}
+_RANGES = {  # field: (lowest, highest); numbers not listed are at least 1
+    "model.dropout": (0, 0.99), "training.learning_rate": (1e-12, 10), "training.warmup_steps": (0, math.inf),
+    "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10), "training.grad_clip": (1e-12, math.inf),
+    "training.max_minutes": (1e-3, math.inf), "training.seed": (0, 2**63 - 1), "training.bpe_vocab_size": (257, 65536),
+}
+
+
+@dataclass(slots=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def flat(self) -> dict:
+        """Returns every setting as {"section.field": value}, in the order of this file."""
+        return {f"{section}.{name}": value
+                for section, values in dataclasses.asdict(self).items() for name, value in values.items()}
+
+    def set(self, name: str, value) -> None:
+        """Sets "section.field" to `value`; a string is converted to the field's type. Raises UserError."""
+        field_type = _field_types().get(name)
+        if field_type is None:
+            raise UserError(f"there is no setting {name!r}{_suggest(name, _field_types())}")
+        section, attribute = name.split(".")
+        setattr(getattr(self, section), attribute, _convert(name, value, field_type))
+
+    def apply_preset(self, name: str) -> None:
+        """Applies a preset, which keeps its run in folders of its own. Raises UserError."""
+        if name not in PRESETS:
+            raise UserError(f"there is no preset {name!r}{_suggest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
+        for setting, value in PRESETS[name].items():
+            self.set(setting, value)
+        self.training.checkpoint_dir += f"/{name}"
+        self.training.log_dir += f"/{name}"
+
+    def validate(self) -> None:
+        """Raises one UserError that names every setting that is wrong, its value, and what is allowed."""
+        problems = []
+        for name, value in self.flat().items():
+            kind = _field_types()[name]
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            low, high = _RANGES.get(name, (1, math.inf))
+            if not _has_type(value, kind):
+                problems.append(f"{name} = {value!r} must be {_describe(kind)}")
+            elif numeric and not (low <= value <= high and math.isfinite(value)):
+                allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                problems.append(f"{name} = {value!r} must be {allowed}")
+            elif name in _CHOICES and value not in _CHOICES[name]:
+                problems.append(f"{name} = {value!r} must be one of {', '.join(_CHOICES[name])}")
+            elif value == "":
+                problems.append(f"{name} must not be empty")
+        model, training = self.model, self.training
+        if not any(p.startswith(("model.d_model", "model.n_heads")) for p in problems) and model.d_model % (2 * model.n_heads):
+            problems.append(f"model.d_model = {model.d_model} must be a multiple of 2 x model.n_heads = {2 * model.n_heads},"
+                            " since rotary positions need heads of an even size")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(training.device)):
+            problems.append(f"training.device = {training.device!r} must be auto, cpu, cuda, cuda:N or mps")
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+def _field_types() -> dict:
+    """{"section.field": type} for every setting."""
+    return {f"{section.name}.{f.name}": f.type
+            for section in dataclasses.fields(Config) for f in dataclasses.fields(section.type)}
+
+
+def _suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _base_type(kind) -> type:
+    return next(t for t in getattr(kind, "__args__", (kind,)) if t is not type(None))
+
+
+def _has_type(value, kind) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) or (_base_type(kind) is float and isinstance(value, int))
+
+
+def _describe(kind) -> str:
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[_base_type(kind)]
+    return name + (" or none" if _has_type(None, kind) else "")
+
+
+def _convert(name: str, value, kind):
+    """Turns command-line text into a value of the field's type."""
+    if not isinstance(value, str):
+        return value
+    base, text = _base_type(kind), value.strip().lower()
+    try:
+        if text == "none" and _has_type(None, kind):
+            return None
+        if base is bool:
+            return {"true": True, "1": True, "yes": True, "on": True,
+                    "false": False, "0": False, "no": False, "off": False}[text]
+        if base is int and "e" in text and float(text).is_integer():  # 1e5
+            return int(float(text))
+        return base(value)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{name} = {value!r} must be {_describe(kind)}") from None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors; with `settings`, it reads --preset and section.field=value too."""
+
+    def __init__(self, description: str, settings: bool = True):
+        epilog = "settings and their defaults:\n" + "".join(
+            f"\n{section}.\n" + "\n".join(inspect.getsource(cls).splitlines()[2:]) + "\n"
+            for section, cls in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)))
+        super().__init__(description=description, epilog=epilog if settings else None, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        if settings:
+            self.add_argument("settings", nargs="*", metavar="section.field=value", help="change a setting, listed below")
+            self.add_argument("--preset", metavar="NAME", help="start from a preset: " + ", ".join(PRESETS))
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists what there is)")
+
+    def configure(self, config: Config, arguments: list[str] | None = None) -> argparse.Namespace:
+        """Parses the command line, applies preset and settings to `config`, validates it; returns the other options."""
+        options = self.parse_intermixed_args(arguments)
+        if options.preset:
+            config.apply_preset(options.preset)
+        for setting in options.settings:
+            name, equals, value = setting.partition("=")
+            if not equals:
+                raise UserError(f"{setting!r} is not a setting; write section.field=value, such as model.n_layers=6")
+            config.set(name, value)
+        config.validate()
+        return options
+
+
+def run_main(main) -> None:
+    """Runs a script's main(); a UserError becomes one line on standard error and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+config = Config()
+# Your changes go here:
+# config.model.n_layers = 6

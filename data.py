@@ -1,0 +1,552 @@
+"""Stories -> tokenizer -> token stream -> batches.
+
+`prepare(config)` turns a dataset into two streams of uint16 tokens on disk, every story followed by end-of-text, and
+`Batches` reads training batches from one. `python data.py` prepares and describes them.
+"""
+
+import base64
+import contextlib
+import copy
+import errno
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock  # comes with torch
+import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+from tqdm import tqdm
+
+from config import ArgumentParser, Config, UserError, config, run_main
+
+END_OF_TEXT = "<|endoftext|>"
+SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
+VOCABULARY_LIMIT = 2**16  # streams are uint16
+
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written: written, keep: Path | None = None):
+    """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it was.
+
+    `needed_bytes(written)` estimates the whole size, for the message where the disk is full. The old file becomes
+    `keep`, if given. Raises UserError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(path, error, temporary, needed_bytes) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError, temporary: Path | None = None, needed_bytes=lambda written: written) -> UserError:
+    """The sentence for a file that could not be written: which, why, and how much space is missing."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"cannot write {path}: {error.strerror or error}")
+    written = temporary.stat().st_size if temporary and temporary.exists() else 0
+    needed, free = needed_bytes(written), shutil.disk_usage(path.parent).free + written
+    return UserError(f"cannot write {path}: {error.strerror}; about {max(needed, written + 1) / 1e6:.1f} MB are needed and "
+                     f"{free / 1e6:.1f} MB are free; make space and run the same command again")
+
+
+def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:
+    """A progress bar on standard error, for what takes longer than a second; a line now and then in a log file."""
+    return tqdm(iterable, description, total, unit=f" {unit}", delay=1, mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+class CharTokenizer:
+    """One token for each character of the training stories, then one for unknown characters, then end-of-text."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self.unknown_id, self.eot_id = len(characters), len(characters) + 1
+        self.vocab_size = len(characters) + 2
+        self.name = "char"
+        self._ids = np.full(0x110000, self.unknown_id, dtype=np.uint32)
+        self._ids[self._code_points(characters)] = np.arange(len(characters))
+
+    @classmethod
+    def train(cls, stories: Iterable[str]) -> "CharTokenizer":
+        """Returns the tokenizer of the characters in `stories`, in code-point order."""
+        return cls("".join(sorted(set().union(*map(set, stories)))))
+
+    @staticmethod
+    def _code_points(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids[self._code_points(text)].tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        vocabulary = [*self.characters, "\ufffd", END_OF_TEXT]
+        return "".join(vocabulary[int(t)] for t in tokens)
+
+    def unknown(self, text: str) -> list[str]:
+        """Returns the characters of `text` that the tokenizer cannot represent."""
+        return sorted(set(text) - set(self.characters))
+
+    def spec(self) -> dict:
+        return {"type": "char", "characters": self.characters}
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless on any text.
+
+    `tokens` are byte strings in the order of their ranks; end-of-text comes after them. Encoding is tiktoken's.
+    """
+
+    # GPT-2's split pattern; possessive, as in tiktoken: the same pieces, faster.
+    PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+    def __init__(self, tokens: list[bytes], name: str = "bpe"):
+        self.name = name
+        self.ranks = {token: rank for rank, token in enumerate(tokens)}
+        self.eot_id = len(tokens)
+        self.vocab_size = len(tokens) + 1
+        self._encoding = tiktoken.Encoding(name, pat_str=self.PATTERN, mergeable_ranks=self.ranks,
+                                           special_tokens={END_OF_TEXT: self.eot_id})
+
+    @classmethod
+    def gpt2(cls, data_dir: str) -> "BPETokenizer":
+        """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network. Raises TokenizerUnavailable."""
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
+        cache, host = Path(os.environ["TIKTOKEN_CACHE_DIR"]), "https://openaipublic.blob.core.windows.net"
+        try:
+            if not (cache.is_dir() and any(cache.iterdir())) and not reachable(host):  # tiktoken itself has no timeout
+                raise OSError(f"{host} cannot be reached")
+            encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:
+            raise TokenizerUnavailable(
+                f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({_first_line(error)}); "
+                "use training.tokenizer_type=bpe, or copy tiktoken's two cache files there") from error
+        return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)], "gpt2")
+
+    @classmethod
+    def train(cls, stories: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Returns a tokenizer of `vocab_size` tokens (256 bytes, merges, end-of-text), fewer if the text has fewer pairs.
+
+        Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest pair of
+        byte strings. Counts are kept per distinct word and changed only where a merge applies.
+        """
+        split = regex.compile(cls.PATTERN).findall
+        word_counts = Counter()
+        for story in stories:
+            word_counts.update(split(story))
+        words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in word_counts]
+        counts = list(word_counts.values())
+
+        pair_counts, words_with = Counter(), defaultdict(set)
+        for i, word in enumerate(words):
+            for pair in itertools.pairwise(word):
+                pair_counts[pair] += counts[i]
+                words_with[pair].add(i)
+        heap = [(-count, _Greatest(pair)) for pair, count in pair_counts.items()]
+        heapq.heapify(heap)
+
+        tokens = {bytes([b]): None for b in range(256)}  # an ordered set
+        while len(tokens) < vocab_size - 1 and heap:
+            count, pair = heapq.heappop(heap)
+            if -count != pair_counts[pair]:
+                continue  # an outdated entry; the current one is elsewhere in the heap
+            tokens[pair[0] + pair[1]] = None
+            changed = set()
+            for i in words_with.pop(pair):
+                changed.update(old := list(itertools.pairwise(words[i])))
+                words[i] = _merge(words[i], pair)
+                changed.update(new := list(itertools.pairwise(words[i])))
+                for p in old:
+                    pair_counts[p] -= counts[i]
+                for p in new:
+                    pair_counts[p] += counts[i]
+                    words_with[p].add(i)
+            words_with.pop(pair, None)
+            for p in changed:
+                if pair_counts[p]:
+                    heapq.heappush(heap, (-pair_counts[p], _Greatest(p)))
+                else:
+                    del pair_counts[p]
+        return cls(list(tokens))
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the tokens of each text; one thread a core."""
+        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._encoding.decode([int(t) for t in tokens])
+
+    def unknown(self, text: str) -> list[str]:
+        return []
+
+    def spec(self) -> dict:
+        return {"type": self.name, "tokens": " ".join(base64.b64encode(token).decode() for token in self.ranks)}
+
+
+class _Greatest(tuple):
+    """A pair that heapq, which pops the smallest, takes for smaller the greater it is."""
+    __slots__ = ()
+    __lt__ = tuple.__gt__
+
+
+def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    merged, i = [], 0
+    while i < len(word):
+        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
+            merged.append(pair[0] + pair[1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def tokenizer_from_spec(spec: dict) -> CharTokenizer | BPETokenizer:
+    """Rebuilds the tokenizer that returned this `spec()`; needs no file and no network."""
+    if spec["type"] == "char":
+        return CharTokenizer(spec["characters"])
+    return BPETokenizer([base64.b64decode(token) for token in spec["tokens"].split(" ")], spec["type"])
+
+
+def spec_hash(spec: dict) -> str:
+    """A tokenizer's identity, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- datasets
+
+class DatasetUnavailable(UserError):
+    """The dataset cannot be reached: `auto` falls back, a dataset named explicitly is an error."""
+
+
+class TokenizerUnavailable(UserError):
+    """GPT-2's vocabulary cannot be had."""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reachable(url: str, seconds: float = 6) -> bool:
+    """Whether a server answers within `seconds`, whatever it answers; name resolution that hangs counts as no."""
+    answered = threading.Event()
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def read_stories(path: Path) -> Iterator[str]:
+    """Yields the stories of a text file, separated by lines `<|endoftext|>`, stripped, empty ones left out."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for separator, lines in itertools.groupby(file, key=lambda line: line.strip() == END_OF_TEXT):
+                if not separator and (story := "".join(lines).strip()):
+                    yield story
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} after about {error.start} bytes); convert it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
+    """Returns {"train": stories, "validation": stories}, functions that start an iteration; a dataset with no validation
+    split of its own has only "train". `limited`: stream from the Hub instead of downloading all of it. Raises UserError.
+    """
+    path = SAMPLE if name == "sample" else Path(name)
+    if path.is_file() and path.suffix == ".txt":
+        return {"train": lambda: read_stories(path)}
+    if path.is_file() or (path.suffix and not path.is_dir() and path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv")):
+        raise UserError(f"data.dataset = {name!r} " + ("is not a .txt file; a folder of parquet or json files is read as a whole"
+                                                       if path.is_file() else "does not exist"))
+    if not path.is_dir() and name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
+                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
+    return _open_with_datasets("roneneldan/TinyStories" if name == "tinystories" else name, path.is_dir(), limited)
+
+
+def _open_with_datasets(name: str, local: bool, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
+    online = not local and os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE")
+    if online and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: an earlier download serves, at once
+        online = False
+    import datasets  # takes a second: imported only where it is used
+
+    try:
+        splits = datasets.load_dataset(name, streaming=local or (online and limited))
+        columns = next(iter(splits.values())).column_names
+    except Exception as error:  # datasets raises many kinds
+        reason = "no answer from the Hub and no earlier download" if not (local or online) else _first_line(error)
+        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
+    if "train" not in splits or (columns is not None and "text" not in columns):
+        raise UserError(f"the dataset {name!r} must have a split 'train' with a column 'text'; it has the splits "
+                        f"{', '.join(splits)} and the columns {', '.join(columns or ['?'])}")
+
+    def stories(split: str) -> Iterator[str]:
+        try:
+            for rows in splits[split].iter(batch_size=1000):
+                yield from (story for text in rows["text"] if (story := (text or "").strip()))
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DatasetUnavailable(f"reading the dataset {name!r} failed: {_first_line(error)}") from error
+
+    validation = next((s for s in ("validation", "valid", "val") if s in splits), None)
+    return {"train": lambda: stories("train")} | ({"validation": lambda: stories(validation)} if validation else {})
+
+
+def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
+    """Returns two functions that start an iteration over the training and the validation stories.
+
+    Without a validation split, the last 5 % of the stories (at least one) are held out. A training story that is also
+    a validation story, word for word, is left out.
+    """
+    end_of_training = None
+    if "validation" in splits:
+        held_out = splits["validation"]
+    else:
+        n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
+        end_of_training = n_stories - max(1, round(0.05 * n_stories))
+        held_out = lambda: itertools.islice(splits["train"](), max(0, end_of_training), None)
+
+    def digest(story: str) -> bytes:
+        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
+
+    def validation() -> Iterator[str]:
+        return itertools.islice(held_out(), max_val_stories)
+
+    seen = {digest(story) for story in validation()}
+
+    def training() -> Iterator[str]:
+        candidates = itertools.islice(splits["train"](), end_of_training)
+        return itertools.islice((story for story in candidates if digest(story) not in seen), max_stories)
+
+    return training, validation
+
+
+# ---------------------------------------------------------------- token streams
+
+@dataclass
+class Stream:
+    """A split as one array of tokens, every story followed by end-of-text."""
+    tokens: np.ndarray  # (N,) uint16, a copy-on-write memmap
+    info: dict  # dataset, split, stories, tokens, bytes (UTF-8, of the stories), sha256 (of the tokens), tokenizer (hash)
+
+
+def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object] | None = None) -> dict:
+    """Encodes stories in batches and hands each batch to `write` as uint16 bytes. Returns the counts and the hash."""
+    n_stories = n_tokens = n_bytes = 0
+    digest = hashlib.sha256()
+    stories = iter(stories)
+    while batch := list(itertools.islice(stories, 1024)):
+        for tokens in (encoded := tokenizer.encode_batch(batch)):
+            tokens.append(tokenizer.eot_id)
+        chunk = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint16)
+        write(chunk.tobytes())
+        digest.update(chunk)
+        n_stories, n_tokens = n_stories + len(batch), n_tokens + len(chunk)
+        n_bytes += sum(len(story.encode("utf-8", "replace")) for story in batch)
+    return {"stories": n_stories, "tokens": n_tokens, "bytes": n_bytes, "sha256": digest.hexdigest()}
+
+
+def _build(stem: Path, request: dict, max_stories, max_val_stories, data_dir: str) -> None:
+    """Writes the two streams and, last, the JSON that describes them."""
+    training, validation = hold_out(open_dataset(request["dataset"], limited=max_stories is not None), max_stories, max_val_stories)
+    if request["tokenizer_type"] == "gpt2":
+        tokenizer = BPETokenizer.gpt2(data_dir)
+    else:
+        stories = progress(training(), max_stories, "training the tokenizer", "stories")
+        tokenizer = (CharTokenizer.train(stories) if request["tokenizer_type"] == "char"
+                     else BPETokenizer.train(stories, request["bpe_vocab_size"]))
+    if tokenizer.vocab_size > VOCABULARY_LIMIT:
+        raise UserError(f"the {tokenizer.name} tokenizer would have {tokenizer.vocab_size:,} tokens and {VOCABULARY_LIMIT:,} "
+                        "are possible; use training.tokenizer_type=bpe")
+    spec = tokenizer.spec()
+    description = {"request": request, "tokenizer": spec}
+    for split, stories, limit in (("train", training(), max_stories), ("validation", validation(), max_val_stories)):
+        bar = progress(stories, limit, f"tokenizing {split}", "stories")
+        with atomic_write(_stream_path(stem, split), lambda written: int(written * (limit or bar.n) / max(1, bar.n))) as file:
+            counts = encode_stories(bar, tokenizer, file.write)
+        if not counts["stories"]:
+            raise UserError(f"data.dataset = {request['dataset']!r} has no stories for the {split} split; it needs at least two "
+                            "different ones")
+        description[split] = {"dataset": request["dataset"], "split": split, **counts, "tokenizer": spec_hash(spec)}
+    with atomic_write(stem.with_suffix(".json")) as file:
+        file.write(json.dumps(description, indent=1).encode())
+
+
+def _stream_path(stem: Path, split: str) -> Path:
+    return stem.with_name(f"{stem.name}-{split}.bin")
+
+
+def _open(stem: Path, request: dict) -> tuple | None:
+    """Returns (tokenizer, train stream, validation stream) if they answer the request and are whole, else None."""
+    try:
+        description = json.loads(stem.with_suffix(".json").read_text())
+        if description["request"] != request:
+            return None
+        streams = []
+        for split in ("train", "validation"):
+            with open(_stream_path(stem, split), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != description[split]["sha256"]:
+                    return None
+            streams.append(Stream(np.memmap(_stream_path(stem, split), np.uint16, "c"), description[split]))
+        return tokenizer_from_spec(description["tokenizer"]), *streams
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fingerprint(dataset: str) -> str | None:
+    """What changes when a local dataset does: the hash of a file, the names, sizes and times of a folder."""
+    path = SAMPLE if dataset == "sample" else Path(dataset)
+    if path.is_dir():
+        files = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file())
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+def prepare(config: Config) -> tuple:
+    """Returns (tokenizer, train stream, validation stream), built where `data_dir` does not hold them yet. Raises UserError.
+
+    `auto` is TinyStories; where that cannot be reached, the bundled stories, with a warning; if GPT-2's vocabulary is out
+    of reach, too, the bpe tokenizer. The streams' `info` says what they really are.
+    """
+    if config.data.dataset != "auto":
+        return _prepare(config)
+    config = copy.deepcopy(config)
+    config.data.dataset = "tinystories"
+    try:
+        return _prepare(config)
+    except DatasetUnavailable as error:
+        reason = str(error)
+    config.data.dataset = "sample"
+    try:
+        prepared = _prepare(config)
+    except TokenizerUnavailable as error:
+        config.training.tokenizer_type = "bpe"
+        prepared, reason = _prepare(config), f"{reason}; {error}"
+    warn_of_sample(reason, prepared[0])
+    return prepared
+
+
+def warn_of_sample(reason: str, tokenizer) -> None:
+    """Says, so that nobody can miss it, that this is not TinyStories."""
+    rule = "!" * 100
+    print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the project "
+          f"(data.dataset=sample) and the {tokenizer.name} tokenizer: good to try things out, too few to learn well from."
+          f"\n{rule}", file=sys.stderr)
+
+
+def _prepare(config: Config) -> tuple:
+    data, training = config.data, config.training
+    request = {"dataset": data.dataset, "fingerprint": _fingerprint(data.dataset), "max_stories": data.max_stories,
+               "max_val_stories": data.max_val_stories, "tokenizer_type": training.tokenizer_type}
+    kind = training.tokenizer_type
+    if kind == "bpe":
+        request["bpe_vocab_size"] = training.bpe_vocab_size
+        kind += str(training.bpe_vocab_size)
+    stem = Path(data.data_dir, f"{re.sub(r'[^A-Za-z0-9]+', '-', data.dataset).strip('-')}-{kind}")
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(Path(data.data_dir, ".lock")):  # several processes may prepare the same streams
+            if (prepared := _open(stem, request)) is None:
+                _build(stem, request, data.max_stories, data.max_val_stories, data.data_dir)
+                prepared = _open(stem, request)
+    except OSError as error:
+        raise write_error(stem.parent, error) from error
+    if prepared is None:
+        raise UserError(f"{stem}.json changed while it was read; run the same command again")
+    return prepared
+
+
+# ---------------------------------------------------------------- batches
+
+class Batches:
+    """Training batches as a pure function of (seed, step), so that resuming needs only the step.
+
+    In every epoch the stream is cut into non-overlapping windows at a random offset, and each window is used once.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int):
+        if len(tokens) <= seq_len:
+            raise UserError(f"the training stories have {len(tokens):,} tokens, fewer than one window of "
+                            f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
+        self.tokens, self.batch_size, self.seq_len, self.seed = tokens, batch_size, seq_len, seed
+        self.windows_per_epoch = max(1, (len(tokens) - seq_len) // seq_len)
+        self._starts = {}
+
+    def epoch(self, step: int) -> float:
+        """Returns the number of passes over the data before update `step`."""
+        return step * self.batch_size / self.windows_per_epoch
+
+    def _epoch_starts(self, epoch: int) -> np.ndarray:
+        if epoch not in self._starts:
+            rng = np.random.default_rng([self.seed, epoch])
+            spare = len(self.tokens) - self.windows_per_epoch * self.seq_len
+            offset = rng.integers(min(self.seq_len, spare))
+            self._starts = {epoch: offset + self.seq_len * rng.permutation(self.windows_per_epoch)}
+        return self._starts[epoch]
+
+    def starts(self, step: int) -> np.ndarray:
+        """Returns the (B,) positions in the stream at which the sequences of update `step` begin."""
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, position = np.divmod(index, self.windows_per_epoch)
+        return np.array([self._epoch_starts(e)[p] for e, p in zip(epochs.tolist(), position.tolist())])
+
+
+def main() -> None:
+    ArgumentParser("Prepares the stories that train.py would use, and describes them.").configure(config)
+    tokenizer, train, validation = prepare(config)
+    for stream in (train, validation):
+        info = stream.info
+        print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, {info['bytes']:,} "
+              f"bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
+    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
+    batches = Batches(train.tokens, config.training.batch_size, config.model.max_seq_len, config.training.seed)
+    start = batches.starts(0)[0]
+    print(f"\nthe first window of the first update, {batches.seq_len} tokens:\n")
+    print(tokenizer.decode(train.tokens[start:start + batches.seq_len]))
+
+
+if __name__ == "__main__":
+    run_main(main)

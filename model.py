@@ -1,0 +1,264 @@
+"""A decoder-only transformer in Qwen3's layout, its loss, and generation.
+
+Shapes: B batch, T time, C channels (d_model), H heads, D head size, V vocabulary, N = B*T.
+The parameters have the names of transformers' Qwen3Model, which loads `state_dict()` as it is.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10_000.0
+
+
+def rotary_table(head_dim: int, length: int) -> Tensor:
+    """Returns the (2, T, D) cosines and sines of the rotary angles (Su et al. 2021, arXiv:2104.09864)."""
+    frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+    angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)  # (T, D), half-split: the halves turn together
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) of queries or keys (B, H, T, D) by the angle of its position."""
+    cos, sin = rope.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm whose result has autocast's dtype, so that it is converted once and not by every product that reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        device = x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and normalised queries and keys (arXiv:2010.04245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.d_model // config.n_heads
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.k_norm = RMSNorm(self.head_dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None) -> Tensor:
+        """x (B, T, C). `cache` (2, B, H, past + T, D) holds the keys and values of the past and receives x's."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), rope)  # (B, H, T, D)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), rope)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            cache[0, :, :, -x.shape[1]:], cache[1, :, :, -x.shape[1]:] = k, v
+            k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)  # a single query sees all keys
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, eps=NORM_EPS)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=NORM_EPS)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of targets (N,) under the logits x (N, C) @ weight.T (C, V), which never exist at once.
+
+    The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the time of
+    F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
+    """
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        w, loss = weight.to(x.dtype), torch.zeros((), device=x.device)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for i in range(0, len(x), LinearCrossEntropy.ROWS):
+            rows = slice(i, i + LinearCrossEntropy.ROWS)
+            target = targets[rows, None]
+            log_p = F.linear(x[rows], w).log_softmax(-1, dtype=torch.float32)  # (rows, V)
+            loss -= log_p.gather(1, target).sum()
+            grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, device=x.device)).to(x.dtype)
+            grad_x[rows] = grad_logits @ w
+            grad_weight += grad_logits.mT @ x[rows]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad / len(grad_x)
+        return grad_x * scale, grad_weight * scale, None
+
+
+class Transformer(nn.Module):
+    """`Transformer(config.model, vocab_size)(tokens)` are the logits."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)  # its weight is the output matrix, too
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, eps=NORM_EPS)
+        self.register_buffer("rope", rotary_table(config.d_model // config.n_heads, config.max_seq_len), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets every parameter: matrices normal with deviation 0.02, the two that write to the residual stream of each
+        block divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global random state.
+        """
+        initialised = set()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(std=0.02)
+            elif isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+            else:
+                continue
+            initialised.add(module.weight)
+        for block in self.layers:
+            for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+                projection.weight.div_(math.sqrt(2 * len(self.layers)))
+        assert initialised == set(self.parameters()), "a parameter is left uninitialised"
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Returns {"total", "embedding", "blocks"}; the tied embedding counts once."""
+        total, embedding = sum(p.numel() for p in self.parameters()), self.embed_tokens.weight.numel()
+        return {"total": total, "embedding": embedding, "blocks": total - embedding}
+
+    def hidden(self, tokens: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
+        """Returns the final hidden states (B, T, C) of tokens (B, T).
+
+        `cache` (n_layers, 2, B, H, length, D) holds the keys and values of `past` earlier positions and receives these.
+        """
+        end = past + tokens.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens are more than max_seq_len = {self.config.max_seq_len}")
+        x = self.dropout(self.embed_tokens(tokens))
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rope[:, past:end], None if cache is None else cache[i, :, :, :, :end])
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the logits (B, T, V) of tokens (B, T), T at most max_seq_len (else ValueError)."""
+        return F.linear(self.hidden(tokens), self.embed_tokens.weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean cross-entropy in nats, a scalar, of targets (B, T) given tokens (B, T)."""
+        x = self.hidden(tokens).flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return LinearCrossEntropy.apply(x, self.embed_tokens.weight, targets.flatten())
+
+    @torch.no_grad()
+    def token_losses(self, tokens: Tensor, targets: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
+        """Returns, for each target (B, T), its cross-entropy in nats (float32) and whether it is the likeliest token."""
+        losses, hits = [], []
+        for x, y in zip(self.hidden(tokens).flatten(0, 1).split(rows), targets.flatten().split(rows)):
+            logits = F.linear(x, self.embed_tokens.weight).float()
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
+            hits.append(logits.argmax(-1) == y)
+        return torch.cat(losses).view_as(targets), torch.cat(hits).view_as(targets)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Iterable, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, eot_id: int | None = None, generator: torch.Generator | None = None,
+                 stream: Callable[[int, int], object] | None = None) -> list[list[int]]:
+        """Continues B prompts (lists of tokens, or a (B, T) tensor) and returns B lists: prompt, then new tokens.
+
+        A row ends after `eot_id`, which it includes, or after `max_new_tokens`. `temperature` 0 is greedy; see
+        `filter_logits`. `stream(row, token)` is called with each new token. Keys and values are cached up to max_seq_len;
+        past it, every step is a pass over the last max_seq_len tokens. Dropout is off. Raises ValueError on an empty prompt.
+        """
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+        if not all(rows):
+            raise ValueError("a prompt needs at least one token")
+        weight, context = self.embed_tokens.weight, self.config.max_seq_len
+        prompt_lengths = [len(row) for row in rows]
+        past, end, last = 0, min(prompt_lengths), max(prompt_lengths) + max_new_tokens
+        tokens = torch.zeros(len(rows), last, dtype=torch.long)
+        for row, line in zip(rows, tokens):
+            line[:len(row)] = torch.tensor(row)
+        tokens = tokens.to(weight.device)
+        cache = weight.new_empty(self.config.n_layers, 2, len(rows), self.config.n_heads, min(last, context),
+                                 self.config.d_model // self.config.n_heads)
+        active = set(range(len(rows))) if max_new_tokens > 0 else set()
+        training = self.training
+        self.eval()
+        while active:
+            # All rows are at the same position `end`; a row whose prompt is longer takes its token from there.
+            if end <= context:
+                x, past = self.hidden(tokens[:, past:end], cache, past), end
+            else:
+                x = self.hidden(tokens[:, end - context:end])
+            chosen = sample(F.linear(x[:, -1], weight), temperature, top_k, top_p, generator).tolist()
+            for i in sorted(active):
+                if end < prompt_lengths[i]:
+                    continue
+                tokens[i, end] = chosen[i]
+                rows[i].append(chosen[i])
+                if stream:
+                    stream(i, chosen[i])
+                if chosen[i] == eot_id or len(rows[i]) == prompt_lengths[i] + max_new_tokens:
+                    active.remove(i)
+            end += 1
+        self.train(training)
+        return rows
+
+
+def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Returns (B,) tokens drawn from logits (B, V); the likeliest ones at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits.float(), temperature, top_k, top_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Returns logits (B, V) over the temperature, minus infinity outside the `top_k` likeliest tokens and then outside
+    the smallest set of likeliest tokens with at least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ascending, order = logits.sort()
+        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        outside[..., -1] = False  # the likeliest token stays
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return logits
