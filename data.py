@@ -139,8 +139,9 @@ class BPETokenizer:
         """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network. Raises TokenizerUnavailable."""
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         cache, host = Path(os.environ["TIKTOKEN_CACHE_DIR"]), "https://openaipublic.blob.core.windows.net"
+        names = [hashlib.sha1(f"{host}/gpt-2/encodings/main/{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
         try:
-            if not (cache.is_dir() and any(cache.iterdir())) and not reachable(host):  # tiktoken itself has no timeout
+            if not all((cache / name).exists() for name in names) and not reachable(host):  # tiktoken has no timeout
                 raise OSError(f"{host} cannot be reached")
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
@@ -288,20 +289,29 @@ def read_stories(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def locate(name: str) -> Path | None:
+    """Returns the file or folder of a local dataset, None for one of the Hub's. Raises UserError where it is neither."""
+    path = SAMPLE if name == "sample" else Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
+        return path
+    if path.is_file():
+        raise UserError(f"data.dataset = {name!r} is not a .txt file; parquet or json files are read as a whole folder")
+    if path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
+        raise UserError(f"data.dataset = {name!r} does not exist")
+    if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
+                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
+    return None
+
+
 def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
     """Returns {"train": stories, "validation": stories}, functions that start an iteration; a dataset with no validation
     split of its own has only "train". `limited`: stream from the Hub instead of downloading all of it. Raises UserError.
     """
-    path = SAMPLE if name == "sample" else Path(name)
-    if path.is_file() and path.suffix == ".txt":
+    path = locate(name)
+    if path and path.is_file():
         return {"train": lambda: read_stories(path)}
-    if path.is_file() or (path.suffix and not path.is_dir() and path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv")):
-        raise UserError(f"data.dataset = {name!r} " + ("is not a .txt file; a folder of parquet or json files is read as a whole"
-                                                       if path.is_file() else "does not exist"))
-    if not path.is_dir() and name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
-                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
-    return _open_with_datasets("roneneldan/TinyStories" if name == "tinystories" else name, path.is_dir(), limited)
+    return _open_with_datasets("roneneldan/TinyStories" if name == "tinystories" else name, path is not None, limited)
 
 
 def _open_with_datasets(name: str, local: bool, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
@@ -343,8 +353,8 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
         held_out = splits["validation"]
     else:
         n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
-        end_of_training = n_stories - max(1, round(0.05 * n_stories))
-        held_out = lambda: itertools.islice(splits["train"](), max(0, end_of_training), None)
+        end_of_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
+        held_out = lambda: itertools.islice(splits["train"](), end_of_training, None)
 
     def digest(story: str) -> bytes:
         return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
@@ -435,14 +445,14 @@ def _open(stem: Path, request: dict) -> tuple | None:
 
 def _fingerprint(dataset: str) -> str | None:
     """What changes when a local dataset does: the hash of a file, the names, sizes and times of a folder."""
-    path = SAMPLE if dataset == "sample" else Path(dataset)
+    path = locate(dataset)
+    if path is None:
+        return None
     if path.is_dir():
         files = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file())
         return hashlib.sha256(repr(files).encode()).hexdigest()
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare(config: Config) -> tuple:

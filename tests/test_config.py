@@ -1,0 +1,111 @@
+"""Settings: three ways to set them, types, validation, presets."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import PRESETS, ArgumentParser, Config, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def configure(*arguments: str) -> Config:
+    config = Config()
+    ArgumentParser("test").configure(config, list(arguments))
+    return config
+
+
+def test_defaults_are_those_of_the_design():
+    config = Config()
+    assert (config.model.n_layers, config.model.d_model, config.model.n_heads, config.model.d_ff) == (8, 256, 8, 1024)
+    assert (config.model.max_seq_len, config.model.dropout) == (512, 0.1)
+    assert (config.data.dataset, config.data.max_stories, config.data.max_val_stories) == ("auto", 10_000, 1_000)
+    assert (config.training.batch_size, config.training.max_steps, config.training.use_amp) == (32, 100_000, True)
+    assert (config.training.tokenizer_type, config.training.bpe_vocab_size) == ("gpt2", 4096)
+    config.validate()
+
+
+def test_every_kind_of_value():
+    config = configure("training.learning_rate=1e-3", "training.max_steps=1e5", "data.max_stories=none", "model.n_layers=3",
+                       "training.use_amp=false", "training.max_minutes=5", "data.dataset=my stories=old.txt")
+    assert config.training.learning_rate == 1e-3 and config.training.max_steps == 100_000
+    assert config.data.max_stories is None and config.model.n_layers == 3 and config.training.use_amp is False
+    assert config.training.max_minutes == 5.0 and config.data.dataset == "my stories=old.txt"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_keep_their_own_folders(name):
+    config = configure("--preset", name)
+    assert config.training.checkpoint_dir == f"checkpoints/{name}" and config.training.log_dir == f"logs/{name}"
+
+
+def test_the_command_line_wins_over_the_preset_in_any_order():
+    for arguments in (["--preset", "small", "model.n_layers=5"], ["model.n_layers=5", "--preset", "small"]):
+        assert configure(*arguments).model.n_layers == 5
+        assert configure(*arguments).model.d_model == PRESETS["small"]["model.d_model"]
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["model.n_layer=3"], ["model.n_layer", "did you mean 'model.n_layers'"]),
+    (["n_layers=3"], ["n_layers", "model.n_layers"]),
+    (["optimizer.lr=3"], ["optimizer.lr"]),
+    (["--preset", "quik"], ["quik", "did you mean 'quick'"]),
+    (["--preset"], ["--preset"]),
+    (["--no-such-option"], ["--no-such-option"]),
+    (["model.n_layers"], ["model.n_layers", "section.field=value"]),
+    (["model.n_layers=three"], ["model.n_layers", "three", "whole number"]),
+    (["model.n_layers=2.5"], ["model.n_layers", "2.5", "whole number"]),
+    (["model.n_layers=none"], ["model.n_layers", "none"]),
+    (["model.n_layers=0"], ["model.n_layers", "0", "at least 1"]),
+    (["model.n_layers=-1"], ["model.n_layers", "-1"]),
+    (["model.n_heads=7"], ["model.d_model", "model.n_heads"]),
+    (["model.d_model=8", "model.n_heads=8"], ["even"]),
+    (["model.dropout=1"], ["model.dropout", "0.99"]),
+    (["model.dropout=-0.1"], ["model.dropout"]),
+    (["model.max_seq_len=0"], ["model.max_seq_len"]),
+    (["training.learning_rate=fast"], ["training.learning_rate", "fast", "number"]),
+    (["training.learning_rate=nan"], ["training.learning_rate", "nan"]),
+    (["training.learning_rate=0"], ["training.learning_rate", "0"]),
+    (["training.use_amp=maybe"], ["training.use_amp", "maybe", "true or false"]),
+    (["training.tokenizer_type=gpt3"], ["training.tokenizer_type", "gpt3", "gpt2, char, bpe"]),
+    (["training.bpe_vocab_size=100000"], ["training.bpe_vocab_size", "65536"]),
+    (["training.bpe_vocab_size=256"], ["training.bpe_vocab_size", "257"]),
+    (["training.optimizer=sgd"], ["training.optimizer", "muon, adamw"]),
+    (["training.compile=maybe"], ["training.compile", "auto, on, off"]),
+    (["training.device=gpu"], ["training.device", "gpu", "cuda"]),
+    (["training.batch_size=0", "training.max_steps=0"], ["training.batch_size", "training.max_steps"]),
+    (["training.seed=-1"], ["training.seed"]),
+    (["training.max_minutes=0"], ["training.max_minutes"]),
+    (["training.checkpoint_dir="], ["training.checkpoint_dir", "empty"]),
+    (["data.max_stories=0"], ["data.max_stories"]),
+])
+def test_a_mistake_is_one_sentence_that_names_it(arguments, names):
+    with pytest.raises(UserError) as error:
+        configure(*arguments)
+    assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
+
+
+def test_a_wrong_type_in_config_py_is_reported_with_all_other_problems():
+    config = Config()
+    config.training.batch_size, config.model.n_layers, config.training.use_amp = "32", 2.0, 1
+    with pytest.raises(UserError) as error:
+        config.validate()
+    assert all(name in str(error.value) for name in ("batch_size = '32'", "n_layers = 2.0", "use_amp = 1"))
+    with pytest.raises(AttributeError):
+        config.model.n_layer = 3
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    code = "import config, data, model, train, sys; assert 'datasets' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        ArgumentParser("Trains.").configure(Config(), ["--help"])
+    assert exit_code.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name.split(".")[1] in text for name in Config().flat()) and "--preset" in text

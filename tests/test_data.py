@@ -1,0 +1,310 @@
+"""Stories, tokenizers, token streams, batches."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+
+import data
+from config import Config, UserError
+from data import (SAMPLE, Batches, BPETokenizer, CharTokenizer, hold_out, open_dataset, prepare, read_stories, spec_hash,
+                  tokenizer_from_spec)
+
+ROOT = Path(__file__).parent.parent
+TIKTOKEN_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT.parent / "shared" / "tiktoken")
+needs_gpt2 = pytest.mark.skipif(not TIKTOKEN_CACHE.is_dir(), reason="GPT-2's vocabulary is not on this machine")
+UNICODE = ["", " ", "\n\n  x\t", "naïve café — “quoted” …", "日本語の文章と한국어", "🙂👩‍👩‍👧‍👦🇨🇭", "\x00\x01\x7f\u2028\ufeff", "a" * 3000,
+           "<|endoftext|>", "x<|endoftext|>y <|endoftext|>", "1234567890 ½ Ⅷ", "don't we'll I'VE", "e\u0301\u0323", "\U0010ffff"]
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return list(read_stories(SAMPLE))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
+    return BPETokenizer.gpt2("unused")
+
+
+def make_config(tmp_path: Path, **settings) -> Config:
+    config = Config()
+    for name, value in {"data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 400,
+                        "data.data_dir": str(tmp_path / "data"), **{k.replace("__", "."): v for k, v in settings.items()}}.items():
+        config.set(name, value)
+    return config
+
+
+def write_stories(path: Path, stories: list[str]) -> Path:
+    path.write_text("\n<|endoftext|>\n".join(stories) + "\n", encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- tokenizers
+
+def textbook_bpe(stories: list[str], vocab_size: int) -> list[bytes]:
+    """The algorithm as it is taught: count all pairs of all words anew for every merge."""
+    words = Counter(word.encode() for story in stories for word in regex.findall(BPETokenizer.PATTERN, story))
+    words = {tuple(bytes([b]) for b in word): count for word, count in words.items()}
+    vocabulary = [bytes([b]) for b in range(256)]
+    while len(vocabulary) < vocab_size - 1:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merged = {}
+        for word, count in words.items():
+            new, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == best else 1
+                new.append(b"".join(word[i:i + step]))
+                i += step
+            merged[tuple(new)] = merged.get(tuple(new), 0) + count
+        words = merged
+        if best[0] + best[1] not in vocabulary:
+            vocabulary.append(best[0] + best[1])
+    return vocabulary
+
+
+def test_bpe_merges_are_those_of_the_textbook(stories):
+    assert list(BPETokenizer.train(stories[:60], 450).ranks) == textbook_bpe(stories[:60], 450)
+
+
+def test_bpe_ties_go_to_the_greatest_pair():
+    ranks = BPETokenizer.train(["ab cd", "zz"], 300).ranks
+    assert list(ranks)[256] == b"zz"  # every pair occurs once, and (z, z) is the greatest
+    text = "aaaa aaa ababab ba bab\nabab"  # overlaps
+    assert list(BPETokenizer.train([text], 300).ranks) == textbook_bpe([text], 300)
+
+
+def test_bpe_on_random_text_with_many_ties():
+    rng = random.Random(0)
+    for _ in range(30):
+        text = "".join(rng.choice("aab é ") for _ in range(rng.randrange(1, 80)))
+        assert list(BPETokenizer.train([text], 290).ranks) == textbook_bpe([text], 290), repr(text)
+
+
+def test_bpe_vocabulary_is_bytes_then_merges_then_end_of_text(stories):
+    tokenizer = BPETokenizer.train(stories[:100], 500)
+    assert list(tokenizer.ranks)[:256] == [bytes([b]) for b in range(256)]
+    assert tokenizer.vocab_size == 500 and tokenizer.eot_id == 499 and list(tokenizer.ranks.values()) == list(range(499))
+
+
+def round_trips(tokenizer, texts: list[str]) -> None:
+    encoded = tokenizer.encode_batch(texts)
+    for text, tokens in zip(texts, encoded):
+        assert tokenizer.decode(tokens) == text
+        assert tokens == tokenizer.encode(text)
+        assert all(0 <= t < tokenizer.vocab_size and t != tokenizer.eot_id for t in tokens)
+    again = tokenizer_from_spec(json.loads(json.dumps(tokenizer.spec())))
+    assert again.encode_batch(texts) == encoded and again.vocab_size == tokenizer.vocab_size
+    assert again.eot_id == tokenizer.eot_id and again.name == tokenizer.name
+    assert spec_hash(again.spec()) == spec_hash(tokenizer.spec())
+
+
+def test_bpe_is_lossless(stories):
+    round_trips(BPETokenizer.train(stories, 2048), stories + UNICODE)
+
+
+@needs_gpt2
+def test_gpt2_is_lossless_and_is_tiktokens(stories, gpt2):
+    import tiktoken
+
+    round_trips(gpt2, stories + UNICODE)
+    assert gpt2.vocab_size == 50257 and gpt2.eot_id == 50256
+    theirs = tiktoken.get_encoding("gpt2")
+    assert all(gpt2.encode(text) == theirs.encode_ordinary(text) for text in stories[:100] + UNICODE)
+
+
+def test_char_is_lossless_on_its_stories_and_names_what_it_does_not_know(stories):
+    tokenizer = CharTokenizer.train(stories)
+    round_trips(tokenizer, stories)
+    assert tokenizer.vocab_size == len(set("".join(stories))) + 2
+    assert tokenizer.encode("aß") == [tokenizer.encode("a")[0], tokenizer.unknown_id]
+    assert tokenizer.unknown("zßßä") == ["ß", "ä"] and tokenizer.unknown("abc") == []
+    assert tokenizer.decode([tokenizer.unknown_id]) == "\ufffd"
+
+
+# ---------------------------------------------------------------- datasets
+
+def test_stories_of_a_file(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_bytes("\ufeff<|endoftext|>\n One.\r\n\r\nMore <|endoftext|> inside.\n<|endoftext|>\n\n<|endoftext|>  \nTwo ½.\n".encode())
+    assert list(read_stories(path)) == ["One.\n\nMore <|endoftext|> inside.", "Two ½."]
+
+
+def test_the_last_stories_are_held_out_and_never_shared(tmp_path):
+    texts = [f"Story {i}." for i in range(100)]
+    texts[3] = texts[97]  # a validation story that is also among the training stories
+    training, validation = hold_out(open_dataset(str(write_stories(tmp_path / "s.txt", texts)), True), None, None)
+    assert list(validation()) == texts[95:]
+    assert list(training()) == [t for t in texts[:95] if t != texts[97]]
+    training, validation = hold_out(open_dataset(str(tmp_path / "s.txt"), True), 10, 2)
+    assert list(validation()) == texts[95:97] and list(training()) == texts[:10]
+
+
+def test_a_folder_of_parquet_with_and_without_a_validation_split(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pandas.DataFrame({"text": [f" Story {i}. " for i in range(40)] + ["", None]}).to_parquet(folder / "train.parquet")
+    training, validation = hold_out(open_dataset(str(folder), True), None, None)
+    assert list(validation()) == ["Story 38.", "Story 39."] and len(list(training())) == 38
+    pandas.DataFrame({"text": ["Story 7.", "Other."]}).to_parquet(folder / "validation.parquet")
+    training, validation = hold_out(open_dataset(str(folder), True), None, None)
+    assert list(validation()) == ["Story 7.", "Other."] and "Story 7." not in list(training()) and len(list(training())) == 39
+
+
+def test_a_folder_without_a_text_column_is_refused(tmp_path):
+    (tmp_path / "train.json").write_text('{"story": "x"}\n')
+    with pytest.raises(UserError, match="column 'text'"):
+        open_dataset(str(tmp_path), True)
+
+
+def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    keep = {k: v for k, v in os.environ.items() if k not in ("TIKTOKEN_CACHE_DIR", "HF_HUB_OFFLINE", "HF_HOME")}
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
+                          env=keep | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cwd / "hf")} | environment, timeout=60)
+
+
+def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path):
+    (tmp_path / "vocabulary").mkdir()
+    small = ("model.max_seq_len=16", "training.tokenizer_type=char")
+    result = run("data.py", *small, cwd=tmp_path)
+    assert result.returncode == 0 and "sample, train: 570 stories" in result.stdout
+    assert "WARNING: not TinyStories" in result.stderr
+    result = run("data.py", *small, "data.dataset=tinystories", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_earlier_download_serves_without_network(tmp_path):
+    """The folder is laid out as `datasets` does after downloading roneneldan/TinyStories."""
+    prepare_cache = f"""
+import datasets, pathlib, shutil
+rows = dict(text=[f"Story number {{i}}." for i in range(50)])
+datasets.Dataset.from_dict(rows).to_json("train.jsonl")
+datasets.Dataset.from_dict(dict(text=["A validation story."])).to_json("validation.jsonl")
+loaded = datasets.load_dataset("json", data_files=dict(train="train.jsonl", validation="validation.jsonl"))
+source = pathlib.Path(loaded["train"].cache_files[0]["filename"]).parent
+target = pathlib.Path("hf/datasets/roneneldan___tiny_stories/default/0.0.0/0123")
+shutil.copytree(source, target)
+for file in target.glob("json-*"):
+    file.rename(file.with_name(file.name.replace("json-", "tiny_stories-")))
+"""
+    subprocess.run([sys.executable, "-c", prepare_cache], cwd=tmp_path, check=True, capture_output=True,
+                   env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
+    result = run("data.py", "model.max_seq_len=16", "training.tokenizer_type=char", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0 and "tinystories, train: 50 stories" in result.stdout, result.stderr
+    assert "not TinyStories" not in result.stderr
+
+
+# ---------------------------------------------------------------- streams
+
+def test_streams_are_the_stories_each_followed_by_end_of_text(tmp_path, stories):
+    tokenizer, train, validation = prepare(make_config(tmp_path))
+    for stream, expected in ((train, stories[:570]), (validation, stories[570:])):
+        assert stream.tokens.dtype == np.uint16 and len(stream.tokens) == stream.info["tokens"]
+        pieces = np.split(stream.tokens, np.flatnonzero(stream.tokens == tokenizer.eot_id) + 1)
+        assert [tokenizer.decode(piece[:-1]) for piece in pieces[:-1]] == expected and len(pieces[-1]) == 0
+        assert stream.info["stories"] == len(expected)
+        assert stream.info["bytes"] == sum(len(story.encode()) for story in expected)
+
+
+def test_streams_are_reused_and_rebuilt_when_the_request_or_the_file_differs_or_they_are_damaged(tmp_path, monkeypatch):
+    path = write_stories(tmp_path / "mine.txt", [f"This is story number {i}, my dear." for i in range(50)])
+    config = make_config(tmp_path, data__dataset=str(path))
+    built = []
+    monkeypatch.setattr(data, "_build", lambda *args, build=data._build: (built.append(args), build(*args)))
+
+    def builds() -> int:
+        before = len(built)
+        tokens = prepare(config)[1].tokens
+        assert (tokens < 400).all()
+        return len(built) - before
+
+    assert [builds(), builds()] == [1, 0]
+    config.data.max_stories = 20
+    assert [builds(), builds()] == [1, 0]
+    path.write_text(path.read_text().replace("number", "nummer"))
+    assert [builds(), builds()] == [1, 0]
+    stream, = (tmp_path / "data").glob("*-train.bin")
+    content = stream.read_bytes()
+    for damaged in (content[:-2], content[:100] + b"\xff" + content[101:], b""):
+        stream.write_bytes(damaged)
+        assert [builds(), builds()] == [1, 0] and stream.read_bytes() == content
+    description, = (tmp_path / "data").glob("*.json")
+    description.write_text(description.read_text()[:50])
+    assert [builds(), builds()] == [1, 0]
+    assert not list((tmp_path / "data").glob("*.tmp"))
+
+
+def test_an_interrupted_build_leaves_the_old_streams_usable(tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    before = prepare(config)[1].tokens.copy()
+    config.data.max_stories = 10
+    monkeypatch.setattr(data.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    monkeypatch.undo()
+    config.data.max_stories = 10_000
+    assert np.array_equal(prepare(config)[1].tokens, before)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "no stories"), (b"\n<|endoftext|>\n \n", "no stories"), (b"Only one story.", "at least two"),
+    (b"Same.\n<|endoftext|>\nSame.", "at least two"), (b"\xff\xfe\x00bad", "not UTF-8"),
+])
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(make_config(tmp_path, data__dataset=str(path)))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "no such thing", "folder/that/is/not"])
+def test_a_dataset_that_is_not_there_is_one_sentence_and_changes_nothing(tmp_path, name):
+    with pytest.raises(UserError, match=name):
+        prepare(make_config(tmp_path, data__dataset=name))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("n_tokens, batch_size, seq_len", [(1000, 4, 16), (65, 3, 64), (500, 64, 10), (128, 1, 64)])
+def test_every_window_once_per_epoch_and_no_two_overlap(n_tokens, batch_size, seq_len):
+    batches = Batches(np.arange(n_tokens, dtype=np.uint16), batch_size, seq_len, seed=3)
+    n = batches.windows_per_epoch
+    drawn = np.concatenate([batches.starts(step) for step in range(4 * n)])
+    for epoch in range(4):
+        starts = np.sort(drawn[epoch * n:(epoch + 1) * n])
+        assert (np.diff(starts) == seq_len).all()  # together they are one contiguous stretch
+        assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= n_tokens  # the last target is inside
+    assert n_tokens - n * seq_len < 2 * seq_len + 1
+
+
+def test_batches_are_a_function_of_seed_and_step_alone():
+    tokens = np.arange(5000, dtype=np.uint16)
+    one, other = Batches(tokens, 8, 32, seed=1), Batches(tokens, 8, 32, seed=1)
+    forwards = [one.starts(step) for step in range(60)]
+    assert all(np.array_equal(other.starts(step), forwards[step]) for step in reversed(range(60)))
+    assert not np.array_equal(Batches(tokens, 8, 32, seed=2).starts(0), forwards[0])
+    order = [np.concatenate(forwards)[i * 155:(i + 1) * 155] % 32 for i in range(3)]
+    assert len({int(o[0]) for o in order}) > 1  # another offset in another epoch
+
+
+def test_too_few_tokens_for_one_window_are_refused():
+    with pytest.raises(UserError, match="64 tokens, fewer than one window of model.max_seq_len = 64"):
+        Batches(np.zeros(64, np.uint16), 1, 64, seed=0)

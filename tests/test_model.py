@@ -1,0 +1,165 @@
+"""The transformer: agreement with transformers' Qwen3, causality, loss, generation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import ModelConfig
+from model import LinearCrossEntropy, Transformer, filter_logits, sample
+
+VOCAB = 97
+
+
+def make_model(**settings) -> Transformer:
+    """A small model whose weights are large enough to make every part matter."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**dict(n_layers=3, d_model=32, n_heads=4, d_ff=48, max_seq_len=24) | settings), VOCAB)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def make_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_and_greedy_generation_agree_with_transformers_qwen3():
+    transformers = pytest.importorskip("transformers")
+    ours, tokens = make_model(), make_tokens(3, 24)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+        intermediate_size=48, max_position_embeddings=24, rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None)).eval()
+    theirs.model.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.loss(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss)
+    prompts = tokens[:, :5]
+    greedy = theirs.generate(prompts, max_new_tokens=19, do_sample=False, pad_token_id=0)
+    assert ours.generate(prompts, 19, temperature=0) == greedy.tolist()
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model, tokens = make_model(), make_tokens(1, 24)
+    with torch.no_grad():
+        before = model(tokens)
+        for t in (1, 11, 23):
+            changed = tokens.clone()
+            changed[0, t] = (changed[0, t] + 1) % VOCAB
+            after = model(changed)
+            assert torch.equal(before[0, :t], after[0, :t])
+            assert not torch.allclose(before[0, t], after[0, t])
+
+
+def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
+    monkeypatch.setattr(LinearCrossEntropy, "ROWS", 7)  # 2 x 24 targets in chunks, the last one smaller
+    model, tokens, targets = make_model(), make_tokens(2, 24), make_tokens(2, 24).flip(0)
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+    loss = model.loss(tokens, targets)
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    losses, hits = model.token_losses(tokens, targets, rows=5)
+    torch.testing.assert_close(losses.mean(), expected)
+    assert torch.equal(hits, model(tokens).argmax(-1) == targets)
+
+
+def test_loss_in_bfloat16_is_close_and_not_rounded_to_bfloat16():
+    model, tokens, targets = make_model(), make_tokens(4, 24), make_tokens(4, 24).flip(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens, targets)
+    assert loss.dtype == torch.float32 and abs(loss - model.loss(tokens, targets)) < 0.02
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(), 5000).eval()
+    tokens = torch.randint(5000, (2, 64))
+    with torch.no_grad():
+        assert abs(model.loss(tokens, tokens.roll(1)) - math.log(5000)) < 0.15
+
+
+def test_every_parameter_is_initialised_and_residual_projections_are_smaller():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(n_layers=8, d_model=64, n_heads=2, d_ff=256), 100)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert abs(p.std() / expected - 1) < 0.1, name
+    counts = model.parameter_counts()
+    assert counts["total"] == sum(p.numel() for p in model.parameters()) == counts["embedding"] + counts["blocks"]
+
+
+def test_dropout_is_only_active_in_training():
+    model, tokens = make_model(dropout=0.5), make_tokens(1, 8)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.generate(tokens, 1)
+    assert model.training
+
+
+def greedy(model: Transformer, prompt: list[int], n: int) -> list[int]:
+    """Greedy generation with neither cache nor batch."""
+    row = list(prompt)
+    for _ in range(n):
+        row.append(int(model(torch.tensor([row[-model.config.max_seq_len:]]))[0, -1].argmax()))
+    return row
+
+
+def test_cached_generation_equals_uncached_past_the_context_length_and_in_a_ragged_batch():
+    model = make_model()
+    prompts = [make_tokens(n).tolist() for n in (3, 9, 1, 30)]
+    rows = model.generate(prompts, 40, temperature=0)
+    assert rows == [greedy(model, prompt, 40) for prompt in prompts]
+
+
+def test_generation_streams_its_tokens_and_stops_at_end_of_text():
+    model, streamed = make_model(), []
+    prompt = [1, 2, 3]
+    full = model.generate([prompt], 20, temperature=0)[0]
+    eot = full[8]
+    row = model.generate([prompt], 20, temperature=0, eot_id=eot, stream=lambda i, token: streamed.append((i, token)))[0]
+    assert row == full[:full.index(eot, 3) + 1]
+    assert streamed == [(0, token) for token in row[3:]]
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate([[]], 3)
+
+
+def test_sampling_is_reproducible_and_leaves_the_global_random_state_alone():
+    model = make_model()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    rows = [model.generate([[1, 2]], 20, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
+    assert rows[0] == rows[1] != rows[2]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, None), (0.7, None, None), (1.0, 5, None), (1.0, None, 0.6),
+                                                       (1.5, 20, 0.8), (0.5, 1, 0.1), (1.0, 1000, 1.0)])
+def test_sampling_matches_transformers_logits_processors(temperature, top_k, top_p):
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 3
+    expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
+    many = sample(logits.repeat(500, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(500, 4)
+    for row, column in zip(expected, many.T):
+        assert row[column].isfinite().all()
+
+
+def test_tokens_beyond_the_context_are_refused():
+    with pytest.raises(ValueError, match="max_seq_len = 24"):
+        make_model()(make_tokens(1, 25))
