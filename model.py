@@ -99,14 +99,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the time of
     F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
     """
-    ROWS = 1024
+    CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at a time
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         w, loss = weight.to(x.dtype), torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for i in range(0, len(x), LinearCrossEntropy.ROWS):
-            rows = slice(i, i + LinearCrossEntropy.ROWS)
+        chunk = max(1, LinearCrossEntropy.CHUNK.get(x.device.type, 2**26) // len(w))
+        for i in range(0, len(x), chunk):
+            rows = slice(i, i + chunk)
             target = targets[rows, None]
             log_p = F.linear(x[rows], w).log_softmax(-1, dtype=torch.float32)  # (rows, V)
             loss -= log_p.gather(1, target).sum()
@@ -120,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad / len(grad_x)
-        return grad_x * scale, grad_weight * scale, None
+        return grad_x.mul_(scale), grad_weight.mul_(scale), None
 
 
 class Transformer(nn.Module):

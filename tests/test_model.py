@@ -55,7 +55,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
 
 
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
-    monkeypatch.setattr(LinearCrossEntropy, "ROWS", 7)  # 2 x 24 targets in chunks, the last one smaller
+    monkeypatch.setitem(LinearCrossEntropy.CHUNK, "cpu", 7 * VOCAB)  # 2 x 24 targets in chunks, the last one smaller
     model, tokens, targets = make_model(), make_tokens(2, 24), make_tokens(2, 24).flip(0)
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))

@@ -1,0 +1,258 @@
+"""Ours beside transformers' GPT-2 and Qwen3 of the same shape, in one run; prints tables of Markdown.
+
+    python tests/benchmark.py --quick      a minute or two
+    python tests/benchmark.py              all of it: training, generation, tokenization
+    python tests/benchmark.py --sizes      parameters and memory of the presets with each tokenizer
+
+Every measurement runs in a process of its own (so that its peak memory is its own), in turns, and the median of the
+repetitions is printed: this compares on one machine in one run, nothing else does.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import PRESETS, Config
+from data import SAMPLE, BPETokenizer, encode_stories, read_stories
+from model import Transformer
+from train import Objective, autocast, choose_device, choose_precision, make_optimizer, train_step
+
+VOCABULARIES = {"gpt2": 50257, "bpe": 4096}
+
+
+def build(name: str, config: Config, vocab_size: int) -> torch.nn.Module:
+    m = config.model
+    if name == "ours":
+        return Transformer(m, vocab_size)
+    import transformers
+
+    if name == "GPT2LMHeadModel":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=vocab_size, n_positions=m.max_seq_len, n_embd=m.d_model, n_layer=m.n_layers, n_head=m.n_heads,
+            n_inner=m.d_ff, bos_token_id=None, eos_token_id=None))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=vocab_size, hidden_size=m.d_model, num_hidden_layers=m.n_layers, num_attention_heads=m.n_heads,
+        num_key_value_heads=m.n_heads, head_dim=m.d_model // m.n_heads, intermediate_size=m.d_ff,
+        max_position_embeddings=m.max_seq_len, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None))
+
+
+def peak_memory(device: torch.device) -> float:
+    """In MB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def seconds(function, repetitions: int, device: torch.device) -> float:
+    """Median time of a call, after one that warms up."""
+    times = []
+    for _ in range(repetitions + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, repetitions: int, optimizer: str = "adamw",
+                   preset: str | None = None) -> dict:
+    """Forward, backward and update at the default shape, dropout 0.1: tokens/s, model FLOP/s (6 x parameters), peak MB."""
+    config, device = Config(), choose_device("auto")
+    if preset:
+        config.apply_preset(preset)
+    config.training.optimizer = optimizer
+    dtype, _ = choose_precision(device, use_amp)
+    model = build(name, config, VOCABULARIES[vocabulary]).to(device).train()
+    tokens = torch.randint(VOCABULARIES[vocabulary], (batch_size, config.model.max_seq_len + 1), device=device)
+    x, y, context = tokens[:, :-1], tokens[:, 1:], lambda: autocast(device, dtype)
+    if name == "ours":
+        optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(device.type, enabled=False)
+        forward = torch.compile(Objective(model)) if device.type == "cuda" else Objective(model)
+        update = functools.partial(train_step, forward, optimizer, scaler, x, y, batch_size, 1.0, context)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
+        forward = torch.compile(model) if device.type == "cuda" else model
+
+        def update():
+            optimizer.zero_grad(set_to_none=True)
+            with context():
+                loss = forward(tokens[:, :-1], labels=tokens[:, :-1]).loss  # transformers shifts the labels itself
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    elapsed = seconds(update, repetitions, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    rate = x.numel() / elapsed
+    return {"tokens/s": rate, "GFLOP/s": 6 * parameters * rate / 1e9, "MB": peak_memory(device), "parameters": parameters}
+
+
+def matmul_speed(vocabulary: str, batch_size: int, use_amp: bool, repetitions: int) -> dict:
+    """The matrix products of an update alone, without attention: what this machine could reach. GFLOP/s."""
+    m, device = Config().model, choose_device("auto")
+    dtype, _ = choose_precision(device, use_amp)
+    n = batch_size * m.max_seq_len
+    shapes = m.n_layers * (4 * [(m.d_model, m.d_model)] + 2 * [(m.d_model, m.d_ff)] + [(m.d_ff, m.d_model)])
+    head = VOCABULARIES[vocabulary]
+    operands = {s: (torch.randn(n, s[0], device=device, dtype=dtype), torch.randn(s[1], s[0], device=device, dtype=dtype),
+                    torch.randn(n, s[1], device=device, dtype=dtype)) for s in set(shapes)}
+    rows = min(n, 1024)
+    x, w, g = (torch.randn(*s, device=device, dtype=dtype) for s in ((rows, m.d_model), (head, m.d_model), (rows, head)))
+
+    def products():
+        for a, b, c in (operands[s] for s in shapes):
+            F.linear(a, b), c @ b, c.mT @ a
+        for _ in range(n // rows):
+            F.linear(x, w), g @ w, g.mT @ x
+
+    flop = 6 * n * (sum(a * b for a, b in shapes) + m.d_model * head)
+    return {"GFLOP/s": flop / seconds(products, repetitions, device) / 1e9}
+
+
+def generation_speed(name: str, n_prompts: int, repetitions: int) -> dict:
+    """100 new tokens from a prompt of 4, temperature 0.8, top-k 50, GPT-2's vocabulary: tokens/s over all rows."""
+    device, prompts = choose_device("auto"), torch.tensor([[50256, 7454, 2402, 257]])
+    model = build(name, Config(), VOCABULARIES["gpt2"]).to(device).eval()
+    prompts = prompts.repeat(n_prompts, 1).to(device)
+    def ours(new_tokens: int):
+        model.generate(prompts, new_tokens, temperature=0.8, top_k=50)
+
+    def theirs(new_tokens: int):
+        model.generate(prompts, max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_k=50, pad_token_id=0)
+
+    generate = ours if name == "ours" else theirs
+    rate = n_prompts * 100 / seconds(lambda: generate(100), repetitions, device)
+    first = seconds(lambda: generate(1), repetitions, device)
+    return {"tokens/s": rate, "ms to the first": 1000 * first}
+
+
+def tokenization_speed(name: str, copies: int) -> dict:
+    """MB/s of the bundled stories, `copies` times over, through our streams or datasets.map with the same tokenizer."""
+    stories = list(read_stories(SAMPLE)) * copies
+    tokenizer = BPETokenizer.train(stories[:600], 4096)
+    megabytes = sum(len(s.encode()) for s in stories) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "ours":
+            start = time.perf_counter()
+            with open(Path(folder, "stream.bin"), "wb") as file:
+                encode_stories(stories, tokenizer, file.write)
+        else:
+            import datasets
+
+            datasets.disable_progress_bars()
+            dataset = datasets.Dataset.from_dict({"text": stories})
+            start = time.perf_counter()
+            encode = lambda rows: {"ids": tokenizer._encoding.encode_ordinary_batch(rows["text"])}
+            encoded = dataset.map(encode, batched=True, remove_columns="text", num_proc=os.cpu_count(), new_fingerprint="f")
+            stream = np.memmap(Path(folder, "stream.bin"), np.uint16, "w+", shape=sum(map(len, encoded["ids"])))
+            position = 0
+            for batch in encoded.with_format("numpy").iter(1024):  # as nanoGPT's prepare.py writes its file
+                tokens = np.concatenate(batch["ids"])
+                stream[position:position + len(tokens)] = tokens
+                position += len(tokens)
+            stream.flush()
+        return {"MB/s": megabytes / (time.perf_counter() - start)}
+
+
+def measured(function: str, **arguments) -> dict:
+    """Runs one measurement in a process of its own."""
+    command = [sys.executable, __file__, "--one", function, json.dumps(arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{function} {arguments} failed:\n{result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def table(title: str, rows: dict[str, tuple], rounds: int, reference: str) -> None:
+    """Measures every row in turns and prints medians, and ratios to the reference row."""
+    results = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, (function, arguments) in rows.items():
+            results[name].append(measured(function, **arguments))
+    medians = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in results.items()}
+    columns = [k for k in medians[reference] if k != "parameters"]
+    print(f"\n{title}\n\n| | {' | '.join(columns)} | {columns[0]}, ratio to {reference} |\n|{'---|' * (len(columns) + 2)}")
+    for name, values in medians.items():
+        cells = [f"{values[c]:,.0f}" if c in values else "" for c in columns]
+        ratio = f"{values[columns[0]] / medians[reference][columns[0]]:.2f}" if columns[0] in values else ""
+        print(f"| {name} | {' | '.join(cells)} | {ratio} |", flush=True)
+
+
+def sizes() -> None:
+    """Prints the true parameter counts, and the memory of weights, gradients and optimizer, of each preset and tokenizer."""
+    print("| | layers | width | tokenizer | vocabulary | parameters | in the blocks | weights + gradients + optimizer, MB |\n" + "|---|" * 8)
+    for preset, (tokenizer, vocab_size) in itertools.product(("small", "default", "large"), {"gpt2": 50257, "bpe": 4096, "char": 100}.items()):
+        config = Config()
+        if preset in PRESETS:
+            config.apply_preset(preset)
+        model = Transformer(config.model, vocab_size)
+        counts = model.parameter_counts()
+        optimizer = make_optimizer(model, config.training)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
+        total = (8 * counts["total"] + state) / 1e6
+        print(f"| {preset} | {config.model.n_layers} | {config.model.d_model} | {tokenizer} | {vocab_size:,} | {counts['total']:,} | "
+              f"{counts['blocks']:,} | {total:,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sizes", action="store_true")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(globals()[options.one[0]](**json.loads(options.one[1]))))
+        return
+    if options.sizes:
+        return sizes()
+    device = choose_device("auto")
+    gpu, quick = device.type == "cuda", options.quick
+    batch_size, repetitions, rounds = (32, 20, 1) if gpu else (4, 2 if quick else 5, options.rounds or (1 if quick else 3))
+    print(f"{torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    for vocabulary in ("gpt2",) if quick else VOCABULARIES:
+        rows = {}
+        for name, use_amp in itertools.product(("ours", "Qwen3ForCausalLM", "GPT2LMHeadModel"), (True, False)):
+            label = f"{name}, {str(choose_precision(device, use_amp)[0]).removeprefix('torch.')}"
+            rows[label] = ("training_speed", dict(name=name, vocabulary=vocabulary, batch_size=batch_size, use_amp=use_amp, repetitions=repetitions))
+            if name == "ours":
+                rows[f"{label}, Muon"] = (rows[label][0], rows[label][1] | {"optimizer": "muon"})
+        for use_amp in (True, False):
+            rows[f"matrix products alone, {str(choose_precision(device, use_amp)[0]).removeprefix('torch.')}"] = (
+                "matmul_speed", dict(vocabulary=vocabulary, batch_size=batch_size, use_amp=use_amp, repetitions=repetitions))
+        table(f"Training, {batch_size} x 512 tokens per update, vocabulary {VOCABULARIES[vocabulary]:,}, dropout 0.1, AdamW", rows, rounds,
+              "Qwen3ForCausalLM, float32")
+    for n_prompts in (1, 16):
+        table(f"Generation, {n_prompts} prompt{'s' * (n_prompts > 1)}",
+              {name: ("generation_speed", dict(name=name, n_prompts=n_prompts, repetitions=1 if quick else 3))
+               for name in ("ours", "Qwen3ForCausalLM", "GPT2LMHeadModel")}, rounds, "Qwen3ForCausalLM")
+    table("Tokenization, bpe", {name: ("tokenization_speed", dict(name=name, copies=20 if quick else 200)) for name in ("ours", "datasets.map")},
+          rounds, "datasets.map")
+
+
+if __name__ == "__main__":
+    main()
