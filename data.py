@@ -5,6 +5,8 @@
 """
 
 import base64
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import errno
@@ -12,6 +14,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -67,8 +70,8 @@ def write_error(path: Path, error: OSError, temporary: Path | None = None, neede
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
     written = temporary.stat().st_size if temporary and temporary.exists() else 0
-    needed, free = needed_bytes(written), shutil.disk_usage(path.parent).free + written
-    return UserError(f"cannot write {path}: {error.strerror}; about {max(needed, written + 1) / 1e6:.1f} MB are needed and "
+    needed, free = max(needed_bytes(written), written + 1), shutil.disk_usage(path.parent).free + written
+    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are needed and "
                      f"{free / 1e6:.1f} MB are free; make space and run the same command again")
 
 
@@ -99,8 +102,11 @@ class CharTokenizer:
     def _code_points(text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        return self._ids[self._code_points(text)]
+
     def encode(self, text: str) -> list[int]:
-        return self._ids[self._code_points(text)].tolist()
+        return self.encode_array(text).tolist()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -196,11 +202,17 @@ class BPETokenizer:
                     del pair_counts[p]
         return cls(list(tokens))
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, as a cut emoji in a JSON file; `encode` replaces it
+            return np.array(self.encode(text))
+
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the tokens of each text; one thread a core."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -239,7 +251,7 @@ def tokenizer_from_spec(spec: dict) -> CharTokenizer | BPETokenizer:
 
 
 def spec_hash(spec: dict) -> str:
-    """A tokenizer's identity, 16 hexadecimal digits."""
+    """The identity of a tokenizer or of any other JSON object, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -380,19 +392,27 @@ class Stream:
     info: dict  # dataset, split, stories, tokens, bytes (UTF-8, of the stories), sha256 (of the tokens), tokenizer (hash)
 
 
-def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object] | None = None) -> dict:
-    """Encodes stories in batches and hands each batch to `write` as uint16 bytes. Returns the counts and the hash."""
+def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object]) -> dict:
+    """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as uint16 bytes.
+
+    Returns the counts and the hash of what was written. At most a few batches of stories are in memory.
+    """
+    def encode(batch: list[str]) -> tuple[np.ndarray, int]:
+        pieces = itertools.chain.from_iterable((tokenizer.encode_array(story), end) for story in batch)
+        return np.concatenate(list(pieces), dtype=np.uint16, casting="unsafe"), sum(len(s.encode("utf-8", "replace")) for s in batch)
+
     n_stories = n_tokens = n_bytes = 0
-    digest = hashlib.sha256()
-    stories = iter(stories)
-    while batch := list(itertools.islice(stories, 1024)):
-        for tokens in (encoded := tokenizer.encode_batch(batch)):
-            tokens.append(tokenizer.eot_id)
-        chunk = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint16)
-        write(chunk.tobytes())
-        digest.update(chunk)
-        n_stories, n_tokens = n_stories + len(batch), n_tokens + len(chunk)
-        n_bytes += sum(len(story.encode("utf-8", "replace")) for story in batch)
+    end, digest, stories, pending = np.array([tokenizer.eot_id]), hashlib.sha256(), iter(stories), collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(n_threads := os.cpu_count() or 1) as pool:
+        while (batch := list(itertools.islice(stories, 256))) or pending:
+            if batch:
+                pending.append((len(batch), pool.submit(encode, batch)))
+            if len(pending) > 2 * n_threads or not batch:
+                size, future = pending.popleft()
+                tokens, size_in_bytes = future.result()
+                write(tokens.tobytes())
+                digest.update(tokens)
+                n_stories, n_tokens, n_bytes = n_stories + size, n_tokens + len(tokens), n_bytes + size_in_bytes
     return {"stories": n_stories, "tokens": n_tokens, "bytes": n_bytes, "sha256": digest.hexdigest()}
 
 
@@ -419,7 +439,7 @@ def _build(stem: Path, request: dict, max_stories, max_val_stories, data_dir: st
                             "different ones")
         description[split] = {"dataset": request["dataset"], "split": split, **counts, "tokenizer": spec_hash(spec)}
     with atomic_write(stem.with_suffix(".json")) as file:
-        file.write(json.dumps(description, indent=1).encode())
+        file.write(json.dumps(description | {"sha256": spec_hash(description)}, indent=1).encode())
 
 
 def _stream_path(stem: Path, split: str) -> Path:
@@ -430,7 +450,7 @@ def _open(stem: Path, request: dict) -> tuple | None:
     """Returns (tokenizer, train stream, validation stream) if they answer the request and are whole, else None."""
     try:
         description = json.loads(stem.with_suffix(".json").read_text())
-        if description["request"] != request:
+        if description.pop("sha256") != spec_hash(description) or description["request"] != request:
             return None
         streams = []
         for split in ("train", "validation"):

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,18 +38,20 @@ PROBES = Path(__file__).parent / "data" / "probes.json"
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     """Returns (model, tokenizer, checkpoint) of the checkpoint at `path`, the model on `device` and in evaluation mode.
 
-    Raises UserError where the file is missing, damaged, not a checkpoint, or its weights do not fit its config.
+    Raises UserError where the file is missing, damaged, not a checkpoint, or its weights do not fit its config, and where
+    this machine has no such device.
     """
-    path = Path(path)
+    path, device = Path(path), choose_device(str(device))
     if not path.exists():
-        others = "".join(f"; there is {other}" for other in sorted(Path("checkpoints").glob("*/best_model.pt")))
-        raise UserError(f"there is no checkpoint {path}: train one first (python train.py), or name one with --checkpoint{others}")
+        others = "".join(f" {other}" for other in sorted(Path("checkpoints").glob("*/best_model.pt")))
+        raise UserError(f"there is no checkpoint {path}: train first (python train.py), or name one with --checkpoint"
+                        + (f", such as{others}" if others else ""))
     checkpoint = load_checkpoint(path, device)
     try:
         tokenizer = tokenizer_from_spec(checkpoint["tokenizer"])
         model = Transformer(ModelConfig(**checkpoint["config"]["model"]), tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, ArithmeticError, TypeError, ValueError, KeyError) as error:
+    except (RuntimeError, ArithmeticError, AttributeError, TypeError, ValueError, KeyError) as error:
         detail = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(f"the weights in {path} do not fit its config and tokenizer ({detail})") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -83,10 +86,11 @@ def open_streams(checkpoint: dict) -> tuple[Stream, Stream]:
     settings.data.dataset = checkpoint["dataset"]["train"]["dataset"]  # what `auto` was, and its tokenizer
     settings.training.tokenizer_type = checkpoint["tokenizer"]["type"]
     _, *streams = prepare(settings)
-    for stream, trained in zip(streams, checkpoint["dataset"].values()):
+    for stream in streams:
+        trained = checkpoint["dataset"][stream.info["split"]]
         if stream.info["sha256"] != trained["sha256"]:
-            raise UserError(f"the {trained['split']} stories of {trained['dataset']!r} are no longer those of the checkpoint (sha256 "
-                            f"{stream.info['sha256'][:12]}, was {trained['sha256'][:12]}); restore them, or use --data PATH")
+            raise UserError(f"the {trained['split']} stories of {trained['dataset']!r} are not those of the checkpoint any more "
+                            f"(sha256 {trained['sha256'][:12]}, now {stream.info['sha256'][:12]}); restore them, or use --data")
     return tuple(streams)
 
 
@@ -117,8 +121,8 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
         the tokens of a story are not independent; None for a single story.
     perplexity: exp(loss). bits_per_byte: the summed negative log-likelihood in bits over the UTF-8 bytes of the stories,
         which compares across tokenizers. accuracy: the share of tokens that were the likeliest one.
-    loss_by_position: by the number of the story's tokens in the context, after end-of-text; the context starts anew
-        every max_seq_len tokens. loss_by_length: by the story's length in tokens.
+    loss_by_position: by the number of tokens of the story in the context, which starts anew every max_seq_len tokens.
+    loss_by_length: by the story's length in tokens, end-of-text included.
     """
     tokens, eot_id = stream.tokens, tokenizer.eot_id
     losses, hits = evaluate(model, tokens, eot_id, BATCH_SIZE, contextlib.nullcontext,
@@ -131,14 +135,14 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     stderr = math.sqrt(n_stories / (n_stories - 1) * (residuals @ residuals)) / len(losses) if n_stories > 1 else None
     unknown = int((tokens == tokenizer.unknown_id).sum()) if tokenizer.name == "char" else 0
     if unknown:
-        warn(f"{unknown:,} of {len(tokens):,} tokens are characters that the char tokenizer does not know: bits per byte is too "
-             "low, since they are predicted as one unknown character")
+        warn(f"the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they count as one unknown character, "
+             "so bits per byte is not that of a lossless code")
     positions = np.concatenate([np.arange(e - s) for s, e in story_windows(tokens, eot_id, model.config.max_seq_len)])
     return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),
             "bits_per_byte": losses.sum() / math.log(2) / stream.info["bytes"], "accuracy": float(hits.mean()),
             "unknown_characters": unknown,
             "loss_by_position": loss_by(losses, positions, (0, 1, 4, 16, 64, 256)),
-            "loss_by_length": loss_by(losses, np.repeat(lengths, lengths), (1, 64, 128, 256, 512, 1024))}
+            "loss_by_length": loss_by(losses, np.repeat(lengths, lengths), (1, 100, 200, 300, 400, 600, 1000))}
 
 
 def loss_by(losses: np.ndarray, keys: np.ndarray, edges: tuple[int, ...]) -> dict[str, dict]:
@@ -152,20 +156,19 @@ def loss_by(losses: np.ndarray, keys: np.ndarray, edges: tuple[int, ...]) -> dic
     return figures
 
 
-def print_loss(about: dict, figures: dict) -> None:
-    error = "" if figures["loss_stderr"] is None else f" ± {figures['loss_stderr']:.4f} (standard error over stories)"
-    print(f"{about['checkpoint']}, update {about['step']:,}\n"
-          f"on {about['dataset']}, {about['split']}: {about['stories']:,} stories, {about['tokens']:,} tokens of the "
-          f"{about['tokenizer']} tokenizer ({about['vocab_size']:,}), {about['bytes']:,} bytes\n\n"
-          f"loss            {figures['loss']:.4f}{error}, nats per token\n"
-          f"perplexity      {figures['perplexity']:.3f}\n"
-          f"bits per byte   {figures['bits_per_byte']:.4f}\n"
-          f"accuracy        {figures['accuracy']:.1%} of the tokens were the likeliest one\n")
+def loss_table(results: dict) -> str:
+    error = "" if results["loss_stderr"] is None else f" ± {results['loss_stderr']:.4f} (standard error over stories),"
+    lines = [f"{results['checkpoint']}, update {results['step']:,}",
+             f"on {results['dataset']}, {results['split']}: {results['stories']:,} stories, {results['tokens']:,} tokens of the "
+             f"{results['tokenizer']} tokenizer ({results['vocab_size']:,}), {results['bytes']:,} bytes\n",
+             f"loss            {results['loss']:.4f}{error} nats per token",
+             f"perplexity      {results['perplexity']:.3f}",
+             f"bits per byte   {results['bits_per_byte']:.4f}",
+             f"accuracy        {results['accuracy']:.1%} of the tokens were the likeliest one\n"]
     for title, key in (("tokens in context", "loss_by_position"), ("tokens in story", "loss_by_length")):
-        print(f"{title:<20}{'loss':>8}{'tokens':>12}")
-        for label, row in figures[key].items():
-            print(f"{label:<20}{row['loss']:>8.3f}{row['tokens']:>12,}")
-        print()
+        lines.append(f"{title:<20}{'loss':>8}{'tokens':>12}")
+        lines += [f"{label:<20}{row['loss']:>8.3f}{row['tokens']:>12,}" for label, row in results[key].items()] + [""]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- quality of generated stories
@@ -201,7 +204,7 @@ def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
 def opening(story: str) -> str:
     """Returns the first words of a story, eight, or half of a shorter story; punctuation and spaces as they are."""
     ends = [0, *(word.end() for word in re.finditer(r"\S+", story))]
-    return story[:ends[min(OPENING_WORDS, len(ends) // 2)]]
+    return story[:ends[min(OPENING_WORDS, (len(ends) - 1) // 2)]]
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -244,7 +247,7 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
     """Returns, for each set of stories, how much of it stands in the training stories, which are read once, as a stream.
 
     copied_4grams: share of the set's 4-grams that some training story has. longest_copy: the most words in a row that a
-    story of the set shares with a training story: memorisation (Eldan & Li 2023 look for it in the same way).
+    story of the set shares with a training story (n-gram overlap as a sign of memorisation: Eldan & Li 2023).
     unseen_words: share of the set's words that no training story has: misspellings, inventions.
     """
     def all_ngrams(group: list[Continuation], n: int) -> list[tuple[str, ...]]:
@@ -252,7 +255,7 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
 
     words, four_grams = ({gram for group in groups for gram in all_ngrams(group, n)} for n in (1, 4))
     seen_words, seen_four_grams = set(), set()
-    longest, longer = [0] * len(groups), [set(all_ngrams(group, 1)) for group in groups]  # longer: n-grams that would be a record
+    longest, longer = [0] * len(groups), [set(all_ngrams(group, 1)) for group in groups]  # longer: one word more
     for text in training_stories:
         story = split_words(text)
         seen_words.update(words.intersection(ngrams(story, 1)))
@@ -287,7 +290,8 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
 
     def continuation(tokens: list[int]) -> Continuation:
         ended = tokens[-1] == eot_id
-        return Continuation(split_words(tokenizer.decode(tokens[:-1] if ended else tokens)), len(tokens), ended)
+        words = split_words(tokenizer.decode(tokens[:-1] if ended else tokens))
+        return Continuation(words if ended else words[:-1], len(tokens), ended)  # the limit may cut the last word
 
     groups = [[continuation(tokens) for tokens in group] for group in groups]
     figures = [quality_figures(group) for group in groups]
@@ -300,14 +304,14 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
             "stories": rounds * len(texts), "openings": len(texts), **sampling, "max_new_tokens": limit, "seed": seed}
 
 
-def print_quality(quality: dict) -> None:
-    print(f"{quality['stories']} stories from {quality['openings']} validation openings (temperature {quality['temperature']:g}, "
-          f"top_k {quality['top_k']}, top_p {quality['top_p']}, seed {quality['seed']}), the first {quality['max_new_tokens']} tokens\n"
-          f"{'':<32}{'model':>10}{'human':>10}")
+def quality_table(quality: dict) -> str:
+    lines = [f"{quality['stories']} generated stories beside the {quality['openings']} real ones that begin so, the first "
+             f"{quality['max_new_tokens']} tokens of each\n(temperature {quality['temperature']:g}, top_k {quality['top_k']}, "
+             f"top_p {quality['top_p']}, seed {quality['seed']})\n", f"{'':<32}{'model':>10}{'human':>10}"]
     for name, (label, style) in QUALITY.items():
         cells = ("-" if (value := quality[column][name]) is None else format(value, style) for column in ("model", "human"))
-        print(f"{label:<32}{''.join(f'{cell:>10}' for cell in cells)}")
-    print()
+        lines.append(f"{label:<32}{''.join(f'{cell:>10}' for cell in cells)}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- probes
@@ -318,7 +322,8 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
     A continuation's score is its log-likelihood after the prompt per UTF-8 byte; an item is passed when the right one
     scores highest. `failed` lists the others. (The groups follow Eldan & Li 2023, arXiv:2305.07759.)
     """
-    texts = [(item["prompt"], ending) for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
+    texts = [(item["prompt"], ending)
+             for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
     rows = [(tokenizer.encode(prompt), tokenizer.encode(ending)) for prompt, ending in texts]
     tokens = np.array([token for prompt, ending in rows for token in (*prompt, *ending, tokenizer.eot_id)])
     losses, _ = evaluate(model, tokens, tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
@@ -335,43 +340,410 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
             right, *wrong = itertools.islice(scores, 1 + len(item["wrong"]))
             if right <= max(wrong):
                 failed.append(item["prompt"] + item["right"])
-        figures[group] = {"accuracy": 1 - len(failed) / len(items), "chance": _mean(1 / (1 + len(item["wrong"])) for item in items),
-                          "items": len(items), "failed": failed}
+        figures[group] = {"accuracy": 1 - len(failed) / len(items), "items": len(items), "failed": failed,
+                          "chance": _mean(1 / (1 + len(item["wrong"])) for item in items)}
     return figures
 
 
-def print_probes(probes: dict[str, dict]) -> None:
-    print(f"{'probes':<12}{'accuracy':>10}{'chance':>10}{'items':>8}")
-    for group, row in probes.items():
-        print(f"{group:<12}{row['accuracy']:>10.1%}{row['chance']:>10.1%}{row['items']:>8}")
-    print(flush=True)
+def probe_table(probes: dict[str, dict]) -> str:
+    rows = [f"{group:<12}{row['accuracy']:>10.1%}{row['chance']:>10.1%}{row['items']:>8}" for group, row in probes.items()]
+    return "\n".join([f"{'probes':<12}{'accuracy':>10}{'chance':>10}{'items':>8}", *rows, ""])
 
 
-def evaluate_checkpoint(model: Transformer, tokenizer, checkpoint: dict, options: argparse.Namespace, sampling: dict) -> None:
-    """Prints loss, probes and generation quality, what is quick first; as one JSON object with --json."""
-    training = None
+def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: argparse.Namespace) -> None:
+    """Prints loss, probes and generation quality, what is quick first; or all as one JSON object."""
+    training, say = None, (lambda text: None) if options.json else functools.partial(print, flush=True)
     try:
         training, stream = open_streams(checkpoint)
     except UserError as error:
         if not options.data:
             raise
-        warn(f"{error}: copies of training stories cannot be counted")
+        warn(f"{error}; copies of training stories cannot be counted")
     if options.data:
         stream = read_stream(options.data, tokenizer)
-        if stream.info["split"] == "all" and options.data == checkpoint["dataset"]["train"]["dataset"]:
-            warn(f"{options.data} holds the stories that the checkpoint was trained on")
-    about = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"], "dataset": stream.info["dataset"],
-             "split": stream.info["split"], "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-             **{key: stream.info[key] for key in ("stories", "tokens", "bytes")}}
-    results = dict(about)
-    for compute, show in (
-            (lambda: loss_figures(model, tokenizer, stream), lambda figures: print_loss(about, figures)),
-            (lambda: {"probes": probe_figures(model, tokenizer, {name: items for name, items in json.loads(PROBES.read_text()).items()
-                                                                 if name != "about"})}, lambda figures: print_probes(figures["probes"])),
-            (lambda: {"quality": generation_quality(model, tokenizer, stream, training, sampling, options.seed or 0)},
-             lambda figures: print_quality(figures["quality"]))):
-        results |= (figures := compute())
-        if not options.json:
-            show(figures)
+    results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"], "dataset": stream.info["dataset"],
+               "split": stream.info["split"], "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
+               **{key: stream.info[key] for key in ("stories", "tokens", "bytes")}, **loss_figures(model, tokenizer, stream)}
+    say(loss_table(results))
+    groups = json.loads(PROBES.read_text())
+    groups.pop("about")
+    results["probes"] = probe_figures(model, tokenizer, groups)
+    say(probe_table(results["probes"]))
+    results["quality"] = generation_quality(model, tokenizer, stream, training, sampling_of(options), options.seed or 0)
+    say(quality_table(results["quality"]))
     if options.json:
         print(json.dumps(results, indent=1, allow_nan=False))
+
+
+# ---------------------------------------------------------------- telling stories
+
+SAMPLING = {  # option: (type, default, whether a value is allowed, what is allowed)
+    "temperature": (float, 0.8, lambda v: v == 0 or 0.001 <= v <= 1000, "0 (the likeliest token) or between 0.001 and 1000"),
+    "top_k": (int, 50, lambda v: v is None or v >= 1, "a whole number, at least 1, or none"),
+    "top_p": (float, None, lambda v: v is None or 0 < v <= 1, "more than 0 and at most 1, or none"),
+    "max_new_tokens": (int, 400, lambda v: 1 <= v <= 10**6, "a whole number between 1 and 1,000,000"),
+    "num_samples": (int, 1, lambda v: 1 <= v <= 10**4, "a whole number between 1 and 10,000"),
+    "seed": (int, None, lambda v: 0 <= v < 2**63, "a whole number, at least 0"),
+}
+
+
+def sampling_value(name: str, text: str):
+    """Returns the value of a sampling option that was given as text. Raises UserError where it is not allowed."""
+    kind, _, allowed, description = SAMPLING[name]
+    with contextlib.suppress(ValueError, TypeError):
+        if allowed(value := None if text.lower() == "none" else kind(text)):
+            return value
+    raise UserError(f"--{name} = {text} must be {description}")
+
+
+def sampling_of(options: argparse.Namespace) -> dict:
+    """Returns the options that are arguments of Transformer.generate."""
+    return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come: `decoder(token)` is the text that became complete, "" inside a character.
+
+    A character of several bytes may span tokens; until its last byte is there, decoding ends in U+FFFD and is held back.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.held = tokenizer, []
+
+    def __call__(self, token: int) -> str:
+        self.held.append(token)
+        return "" if self.tokenizer.decode(self.held).endswith("\ufffd") else self.rest()
+
+    def rest(self) -> str:
+        """Returns what is held back."""
+        text, self.held = self.tokenizer.decode(self.held), []
+        return text
+
+
+def warn_of_unknown(tokenizer, text: str) -> None:
+    if unknown := tokenizer.unknown(text):
+        warn(f"the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: the model sees an unknown character")
+
+
+def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: dict, generator: torch.Generator) -> None:
+    """Prints a story for each prompt, in order, as they grow: all are generated in one batch, the first unfinished one is
+    shown token by token, and what the next ones have by then follows at once. Each begins after end-of-text, as in training.
+    """
+    warn_of_unknown(tokenizer, "".join(prompts))
+    for first in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[first:first + BATCH_SIZE]
+        texts = [f"--- {first + i} of {len(prompts)} ---\n{prompt}" if len(prompts) > 1 else prompt
+                 for i, prompt in enumerate(batch, 1)]
+        decoders, left = [StreamDecoder(tokenizer) for _ in batch], [sampling["max_new_tokens"]] * len(batch)
+
+        def show():  # the rows before the first unfinished one have been printed
+            for row in range(len(batch)):
+                print(texts[row], end="", flush=True)
+                texts[row] = ""
+                if left[row]:
+                    break
+
+        def receive(row: int, token: int):
+            left[row] = 0 if token == tokenizer.eot_id else left[row] - 1
+            if token != tokenizer.eot_id:
+                texts[row] += decoders[row](token)
+            if not left[row]:
+                texts[row] += decoders[row].rest() + "\n"
+            show()
+
+        show()
+        model.generate([[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt in batch], **sampling,
+                       eot_id=tokenizer.eot_id, generator=generator, stream=receive)
+
+
+def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
+    """Returns a generator on the model's device; without a seed a fresh one, which is printed so that it can be repeated."""
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        print(f"seed {seed}", file=sys.stderr)
+    return torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+
+
+INTERACTIVE_HELP = """Type the beginning of a story and press Enter; nothing for a story from its first word.
+  /temperature 0.5    how freely to choose the next token (0: always the likeliest)
+  /top_k 20           choose among the 20 likeliest tokens (none: all)
+  /top_p 0.9          choose among the likeliest tokens that have 90 % of the probability (none: all)
+  /max_new_tokens 200
+  /seed 1             make what follows reproducible
+  /settings  /help    show them, show this
+Ctrl-C ends a story, Ctrl-D leaves."""
+
+
+def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None:
+    """Reads openings and commands from standard input until its end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history
+    sys.stdin.reconfigure(errors="replace")
+    generator = seeded_generator(model, options.seed)
+    print(INTERACTIVE_HELP)
+    while True:
+        try:
+            line = input("\n> ")
+            command, _, value = line.removeprefix("/").partition(" ")
+            if not line.startswith("/"):
+                tell_stories(model, tokenizer, [line] * options.num_samples, sampling_of(options), generator)
+            elif command == "help":
+                print(INTERACTIVE_HELP)
+            elif command == "settings":
+                print(", ".join(f"{name} {value}" for name, value in sampling_of(options).items()))
+            elif command in SAMPLING:
+                setattr(options, command, sampling_value(command, value.strip()))
+                if command == "seed":
+                    generator.manual_seed(options.seed)
+            else:
+                print(f"there is no command /{command}; /help lists them")
+        except UserError as error:
+            print(str(error).replace("--", "/", 1))
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+# ---------------------------------------------------------------- losses of a text
+
+# One colour per nat, of the 256 that terminals know: 0-1, 1-2, ..., 7 and more.
+LOSS_COLOURS = {231: "#ffffff", 230: "#ffffd7", 229: "#ffffaf", 222: "#ffd787", 216: "#ffaf87", 209: "#ff875f", 203: "#ff5f5f",
+                196: "#ff0000"}
+
+
+def loss_level(loss: float) -> int:
+    return min(int(loss), len(LOSS_COLOURS) - 1)
+
+
+def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, float]]:
+    """Returns the pieces of a text and their losses in nats; a piece is a token, or several that share a character."""
+    tokens = np.array(tokenizer.encode(text))
+    losses, _ = evaluate(model, tokens, tokenizer.eot_id, 1, contextlib.nullcontext)
+    decoder, pieces, held_loss = StreamDecoder(tokenizer), [], 0.0
+    for token, loss in zip(tokens, losses.tolist()):
+        held_loss += loss
+        if piece := decoder(token):
+            pieces.append((piece, held_loss))
+            held_loss = 0.0
+    return pieces + ([(decoder.rest(), held_loss)] if decoder.held else [])
+
+
+def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:
+    """Prints pieces on a background coloured by their loss; without colours a line each, loss first."""
+    if not coloured:
+        print("\n".join(f"{loss:7.2f}  {piece!r}" for piece, loss in pieces))
+        return
+
+    def paint(text: str, level: int) -> str:
+        return f"\x1b[48;5;{list(LOSS_COLOURS)[level]};38;5;16m{text}\x1b[0m"
+
+    legend = "".join(paint(f" {level} ", level) for level in range(len(LOSS_COLOURS)))
+    print("".join("\n".join(paint(part, loss_level(loss)) if part else "" for part in piece.replace("\n", "↵\n").split("\n"))
+                  for piece, loss in pieces) + f"\n\n{legend}+ nats")
+
+
+def save_figure(figure, path: Path) -> None:
+    with atomic_write(path) as file, warnings.catch_warnings(action="ignore", category=UserWarning):  # a glyph no font has
+        figure.savefig(file, format="png", dpi=200)
+
+
+def draw_losses(pieces: list[tuple[str, float]], path: Path, columns: int = 80) -> None:
+    """Writes the pieces on a background coloured by their loss as a PNG."""
+    from matplotlib.figure import Figure  # takes a second: imported only where it is used
+
+    cells, row, column = [], 0, 0
+    for piece, loss in pieces:
+        for part in re.findall(rf"\n|[^\n]{{1,{columns}}}", piece):
+            if part == "\n" and column == columns or part != "\n" and column + len(part) > columns:
+                row, column = row + 1, 0
+            cells.append((row, column, "↵" if part == "\n" else part, loss))
+            row, column = (row + 1, 0) if part == "\n" else (row, column + len(part))
+    cells += [(row + 2, 4 * level, f" {level}{'+' if level == len(LOSS_COLOURS) - 1 else ' '} ", level)
+              for level in range(len(LOSS_COLOURS))] + [(row + 2, 4 * len(LOSS_COLOURS) + 1, "nats per token", 0)]
+    width, height, margin = columns / 8, (row + 3) * 0.26, 0.2  # inches; a character is 1/8 inch wide
+    figure = Figure(figsize=(width + 2 * margin, height + 2 * margin))
+    axes = figure.add_axes((margin / figure.get_figwidth(), margin / figure.get_figheight(),
+                            width / figure.get_figwidth(), height / figure.get_figheight()))
+    axes.set(xlim=(0, columns), ylim=(row + 3, 0))
+    axes.axis("off")
+    for y, x, text, loss in cells:
+        axes.barh(y + 0.5, len(text), 0.92, left=x, color=list(LOSS_COLOURS.values())[loss_level(loss)])
+        axes.text(x, y + 0.5, text, va="center_baseline", parse_math=False,
+                  family="DejaVu Sans Mono", size=72 / 8 / 0.602)  # this font's characters are 0.602 em wide
+    save_figure(figure, path)
+
+
+def run_inspection(model: Transformer, tokenizer, checkpoint: dict, options: argparse.Namespace) -> None:
+    if not options.inspect:
+        raise UserError("--inspect needs a text that is not empty")
+    warn_of_unknown(tokenizer, options.inspect)
+    pieces = text_losses(model, tokenizer, options.inspect)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print_losses(pieces, coloured)
+    total, n_tokens = sum(loss for _, loss in pieces), len(tokenizer.encode(options.inspect))
+    print(f"\n{n_tokens:,} tokens of the {tokenizer.name} tokenizer, {checkpoint['dataset']['train']['dataset']} model: loss "
+          f"{total / n_tokens:.3f} nats per token, perplexity {math.exp(min(700, total / n_tokens)):.2f}, "
+          f"{total / math.log(2) / len(options.inspect.encode()):.3f} bits per byte")
+    if options.png:
+        draw_losses(pieces, Path(options.png))
+        print(options.png)
+
+
+# ---------------------------------------------------------------- training curves
+
+PANELS = {"val_bits_per_byte": "bits per byte (log scale)", "lr": "learning rate", "grad_norm": "gradient norm",
+          "tokens_per_second": "tokens per second"}
+
+
+def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
+    """Returns each metric of a run as an array, one value an evaluation, NaN where it is missing. A line that is not
+    complete yet is passed over. Raises UserError where there are no metrics.
+    """
+    path, rows = log_dir / "metrics.jsonl", []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; train first, or name a folder of logs: --plot LOGDIR") from None
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no metrics yet: they come with the first evaluation of a run")
+    return {name: np.array([value if isinstance(value := row.get(name), (int, float)) else math.nan for row in rows])
+            for name in ("step", "train_loss", "val_loss", *PANELS)}
+
+
+def describe_run(log_dir: Path) -> str:
+    """Returns a run's folder and, where run.json tells, its dataset, tokenizer and size."""
+    try:
+        run = json.loads((log_dir / "run.json").read_text())
+        return (f"{log_dir}: {run['dataset']['train']['dataset']}, {run['tokenizer']['type']} tokenizer, "
+                f"{run['parameters']['total'] / 1e6:.1f}M parameters")
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(log_dir)
+
+
+def plot_training(log_dirs: list[Path]) -> Path:
+    """Draws the training curves of one run or several over each other; returns the PNG, in the first one's folder."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    runs = [read_metrics(log_dir) for log_dir in log_dirs]
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    axes = figure.subplot_mosaic([["loss", "loss", "val_bits_per_byte", "lr"],
+                                  ["loss", "loss", "grad_norm", "tokens_per_second"]])
+    for i, (log_dir, run) in enumerate(zip(log_dirs, runs)):
+        style = {"color": f"C{i}", "linewidth": 1.8, "marker": "." if len(run["step"]) < 20 else ""}
+        label = describe_run(log_dir)
+        axes["loss"].plot(run["step"], run["train_loss"], **style | {"linewidth": 1.2, "linestyle": "--", "alpha": 0.6})
+        axes["loss"].plot(run["step"], run["val_loss"], **style)
+        if not np.isnan(run["val_loss"]).all():
+            best = np.nanargmin(run["val_loss"])
+            x, y = run["step"][best], run["val_loss"][best]
+            axes["loss"].plot(x, y, "*", color=f"C{i}", markersize=15, markeredgecolor="white", zorder=3)
+            label += f"\nbest {y:.4f} at update {x:,.0f}"
+        axes["loss"].plot([], [], color=f"C{i}", linewidth=1.8, label=label)
+        for name in PANELS:
+            axes[name].plot(run["step"], run[name], **style)
+    for name, title in {"loss": "loss (nats per token, log scale)", **PANELS}.items():
+        axes[name].set_title(title, loc="left", fontsize=11)
+        axes[name].grid(alpha=0.25)
+        axes[name].spines[["top", "right"]].set_visible(False)
+        axes[name].xaxis.set_major_locator(MaxNLocator(5 if name == "loss" else 4, integer=True, steps=[1, 2, 5, 10]))
+        axes[name].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[name].set(xlabel="update", xlim=(0, 1.03 * max(1, *(run["step"].max() for run in runs))))
+        if name in ("loss", "val_bits_per_byte"):  # logarithmic: the first updates would leave no room for all others
+            axes[name].set_yscale("log")
+            axes[name].yaxis.set(major_locator=LogLocator(subs=(1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8)),
+                                 major_formatter=StrMethodFormatter("{x:g}"), minor_locator=NullLocator())
+        if name in ("lr", "tokens_per_second") and (top := axes[name].dataLim.y1) > 0:
+            axes[name].set_ylim(0, 1.08 * top)
+    axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
+    handles, _ = axes["loss"].get_legend_handles_labels()
+    axes["loss"].legend(handles=[*handles, Line2D([], [], color="grey", label="validation"),
+                                 Line2D([], [], color="grey", linestyle="--", label="training")], frameon=False, fontsize=9)
+    path = log_dirs[0] / "training_curves.png"
+    save_figure(figure, path)
+    return path
+
+
+# ---------------------------------------------------------------- command line
+
+DESCRIPTION = """Evaluates a checkpoint, tells stories with it, draws how it learned.
+
+  python eval.py                                                 all about checkpoints/best_model.pt
+  python eval.py --checkpoint checkpoints/quick/best_model.pt    about another one
+  python eval.py --data my_stories.txt                           on another text (stories separated by lines <|endoftext|>)
+  python eval.py --generate "Once upon a time" "The little girl"
+  python eval.py --interactive                                   type openings, watch the stories appear
+  python eval.py --inspect "Once upon a time there was a cat."   what surprises the model
+  python eval.py --plot logs/a logs/b                            compare two runs
+
+Without --generate, --interactive, --inspect or --plot: loss, perplexity, bits per byte and accuracy on all validation
+stories, understanding probes, and generated stories beside real ones. Results go to standard output, progress to standard
+error."""
+
+
+def valid_text(argument: str) -> str:
+    """Returns an argument with what is not UTF-8 in it replaced."""
+    return argument.encode("utf-8", "replace").decode()
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(DESCRIPTION, settings=False)
+    parser.add_argument("--checkpoint", metavar="FILE", help="default: checkpoints/best_model.pt")
+    parser.add_argument("--data", metavar="NAME", help="evaluate on a .txt file or any dataset that train.py takes; default: the "
+                        "checkpoint's validation stories")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--json", action="store_true", help="print the evaluation as one JSON object")
+    modes.add_argument("--generate", nargs="+", type=valid_text, metavar="OPENING", help='tell stories; "" is allowed')
+    modes.add_argument("--interactive", action="store_true", help="tell stories as you type openings")
+    modes.add_argument("--inspect", type=valid_text, metavar="TEXT", help="print the text, each token coloured by its loss")
+    modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or several into the "
+                       "first folder; default: the logs of --checkpoint, or logs/")
+    parser.add_argument("--png", metavar="FILE", help="with --inspect: draw it, too")
+    for name, (_, default, _, description) in SAMPLING.items():
+        metavar = name.rsplit("_")[-1].upper()
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar=metavar, default=default,
+                            type=functools.partial(sampling_value, name), help=f"{description}; default: {default}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: auto")
+    options = parser.parse_args(arguments)
+    story_mode = options.generate or options.interactive or options.inspect is not None or options.plot is not None
+    if options.data and story_mode:
+        raise UserError("--data is for an evaluation: leave --generate, --interactive, --inspect and --plot out, or --data")
+    if options.png and options.inspect is None:
+        raise UserError("--png draws what --inspect prints: add --inspect TEXT")
+    return options
+
+
+def main() -> None:
+    options = parse_options(None)
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a story
+    if options.plot is not None:
+        saved = load_checkpoint(Path(options.checkpoint)) if options.checkpoint and not options.plot else None
+        log_dirs = options.plot or [saved["config"]["training"]["log_dir"] if saved else "logs"]
+        print(plot_training([Path(log_dir) for log_dir in log_dirs]))
+        return
+    options.checkpoint = options.checkpoint or "checkpoints/best_model.pt"
+    with naming("--device", "training.device"):
+        settings = Config()
+        settings.set("training.device", options.device)
+        settings.validate()
+        model, tokenizer, checkpoint = load_model(options.checkpoint, options.device)
+    if options.generate:
+        prompts = [prompt for prompt in options.generate for _ in range(options.num_samples)]
+        tell_stories(model, tokenizer, prompts, sampling_of(options), seeded_generator(model, options.seed))
+    elif options.interactive:
+        interact(model, tokenizer, options)
+    elif options.inspect is not None:
+        run_inspection(model, tokenizer, checkpoint, options)
+    else:
+        run_evaluation(model, tokenizer, checkpoint, options)
+
+
+if __name__ == "__main__":
+    run_main(main)

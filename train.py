@@ -48,7 +48,7 @@ class Muon(torch.optim.AdamW):
     learning rate serves both. Matrices of one shape are orthogonalised in one batch.
     """
 
-    MOMENTUM, ITERATIONS = 0.95, 5
+    MOMENTUM, ITERATIONS = 0.9, 5
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, **options)
@@ -198,7 +198,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # a size that a crafted file only claims must not be allocated
             if sum(entry.file_size for entry in archive.infolist()) > len(content):
                 raise ValueError("it is smaller than its contents")
-        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        checkpoint = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
         version = checkpoint["format"]
         missing = {"step", "config", "tokenizer", "dataset", "model"} - checkpoint.keys()
         if version == CHECKPOINT_FORMAT and missing:
@@ -233,22 +233,31 @@ def find_checkpoint(directory: Path) -> tuple[dict, Path] | None:
     return None
 
 
-def check_same_run(config: Config, checkpoint: dict, dataset: dict, path: Path) -> None:
-    """Raises UserError where a setting, the tokens or the tokenizer are not those of the checkpoint; prints other changes."""
+def check_settings(config: Config, checkpoint: dict, path: Path) -> None:
+    """Raises UserError where a setting that makes the run what it is differs from the checkpoint's; prints other changes."""
     saved, fixed, free = {f"{s}.{k}": v for s, values in checkpoint["config"].items() for k, v in values.items()}, [], []
     for name, value in config.flat().items():
         if saved.get(name, value) != value:
             must_match = name.startswith(("model.", "data.dataset", "data.max_")) or name in (
                 "training.tokenizer_type", "training.bpe_vocab_size", "training.batch_size", "training.seed", "training.optimizer")
             (fixed if must_match else free).append(f"{name} was {saved[name]!r} and is {value!r}")
-    for split, old in checkpoint["dataset"].items():
-        fixed += [f"the {key} of the {split} stories was {old[key]} and is {dataset[split][key]}"
-                  for key in ("tokenizer", "sha256") if not fixed and old[key] != dataset[split][key]]
     if fixed:
-        raise UserError(f"this is not the run in {path}: {'; '.join(fixed)}; undo that to go on with the old run, or use --fresh, "
-                        "which moves it aside and starts a new one")
+        raise another_run(path, fixed)
     if free:
-        print(f"changed since update {checkpoint['step']:,}: {'; '.join(free)}", file=sys.stderr)
+        log(f"changed since update {checkpoint['step']:,}: {'; '.join(free)}")
+
+
+def check_dataset(dataset: dict, checkpoint: dict, path: Path) -> None:
+    """Raises UserError where the tokens or the tokenizer are not the checkpoint's, though the settings are."""
+    changed = [f"the {key} of the {split} stories was {old[key]} and is {dataset[split][key]}"
+               for split, old in checkpoint["dataset"].items() for key in ("tokenizer", "sha256") if old[key] != dataset[split][key]]
+    if changed:
+        raise another_run(path, changed)
+
+
+def another_run(path: Path, changes: list[str]) -> UserError:
+    return UserError(f"this is not the run in {path}: {'; '.join(changes)}; undo that to go on with the old run, or use --fresh, "
+                     "which moves it aside and starts a new one")
 
 
 def lock(directory: Path) -> filelock.FileLock:
@@ -269,7 +278,7 @@ def lock(directory: Path) -> filelock.FileLock:
 def move_aside(*directories: Path) -> None:
     """Moves an old run's files into a folder old-DATE inside their own folder."""
     for directory in directories:
-        files = [p for p in directory.glob("*") if p.is_file() and p.name != ".lock"]
+        files = [p for names in ("*.pt", "metrics.jsonl", "run.json", "training_curves.png") for p in directory.glob(names)]
         if files:
             old = directory / f"old-{datetime.datetime.now():%Y%m%d-%H%M%S}"
             old.mkdir()
@@ -306,9 +315,10 @@ def train_step(objective: nn.Module, optimizer: Muon, scaler: torch.amp.GradScal
     """
     loss = torch.zeros((), device=tokens.device)
     optimizer.zero_grad(set_to_none=True)
-    for x, y in zip(tokens.split(micro_batch_size), targets.split(micro_batch_size)):
-        last = x.data_ptr() + x.nbytes >= tokens.data_ptr() + tokens.nbytes
-        with contextlib.nullcontext() if last or not dist.is_initialized() else objective.no_sync(), context():
+    micro_batches = list(zip(tokens.split(micro_batch_size), targets.split(micro_batch_size)))
+    for i, (x, y) in enumerate(micro_batches, 1):
+        wait = i < len(micro_batches) and dist.is_initialized()  # the processes exchange gradients once
+        with objective.no_sync() if wait else contextlib.nullcontext(), context():
             part = objective(x, y) * (len(x) / len(tokens))
         scaler.scale(part).backward()
         loss += part.detach()
@@ -405,6 +415,8 @@ class Run:
         self.latest, self.previous, self.best = (directory / f"{n}.pt" for n in ("latest", "previous", "best_model"))
         self.metrics = self.log_dir / "metrics.jsonl"
         found = None if fresh else find_checkpoint(directory)
+        if found:
+            check_settings(config, *found)
         wanted = copy.deepcopy(config)
         if found and config.data.dataset == "auto" == found[0]["config"]["data"]["dataset"]:
             wanted.data.dataset = found[0]["dataset"]["train"]["dataset"]
@@ -412,6 +424,8 @@ class Run:
         self.tokenizer, self.train_stream, self.val_stream = prepare(wanted)
         self.fell_back = config.data.dataset == "auto" and self.train_stream.info["dataset"] == "sample"
         self.dataset = {"train": self.train_stream.info, "validation": self.val_stream.info}
+        if found:
+            check_dataset(self.dataset, *found)
         self.batches = Batches(self.train_stream.tokens, training.batch_size, config.model.max_seq_len, training.seed)
         self.stream = torch.from_numpy(self.train_stream.tokens.view(np.int16)).to(self.device)
         limit = len(self.val_stream.tokens)
@@ -427,11 +441,9 @@ class Run:
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = State()
-        if found:
-            check_same_run(config, found[0], self.dataset, found[1])
         if self.rank == 0:
             self.locks = [lock(d) for d in {directory, self.log_dir}]
-            if fresh:
+            if fresh or (not found and self.metrics.exists()):
                 move_aside(*{directory, self.log_dir})
             for leftover in (*directory.glob("*.tmp"), *self.log_dir.glob("*.tmp")):
                 leftover.unlink()
@@ -459,8 +471,8 @@ class Run:
             length = self.metrics.stat().st_size if self.metrics.exists() else 0
             if length < self.state.metrics_bytes:
                 log(f"WARNING: {self.metrics} has lost lines since the checkpoint")
-                self.state.metrics_bytes = length
-            elif length:
+                self.state.metrics_bytes = self.metrics.read_bytes().rfind(b"\n") + 1 if length else 0
+            if length:
                 os.truncate(self.metrics, self.state.metrics_bytes)
 
     def checkpoint(self) -> dict:
@@ -612,13 +624,16 @@ def train(run: Run, started: float) -> int:
         trained, state.elapsed_seconds = now - begin - paused, elapsed_before + now - started  # trained: seconds in updates
         first = first or (trained, state.step)  # of this process: it compiles and warms up
         budget = 60 * (training.max_minutes or math.inf)
-        stop, fixing = over_processes(dist.ReduceOp.MAX, signals[-1] if signals else 0, state.end is None and
-                                      state.elapsed_seconds > budget / 10 and state.step >= first[1] + 3)
-        evaluating = not stop and (fixing or state.step % training.eval_interval == 0 or state.step == run.schedule()[1])
+        stop, showing, fixing = over_processes(
+            dist.ReduceOp.MAX, signals[-1] if signals else 0, now - shown > (30 if bar.disable else 1),
+            state.end is None and state.elapsed_seconds > budget / 10 and state.step >= first[1] + 3)
+        fixing = fixing and not stop  # an evaluation that is due is not put off: its line would be missing
+        evaluating = fixing or state.step % training.eval_interval == 0 or state.step == run.schedule()[1]
         saving = stop or evaluating or state.step % training.checkpoint_interval == 0
-        if saving or now - shown > (30 if bar.disable else 1):  # only here the device is waited for
-            shown = now
+        if saving or showing:  # only here the device is waited for
             state.train_loss_sum, = over_processes(dist.ReduceOp.SUM, loss_sum.item())
+            shown = now = time.monotonic()
+            trained = now - begin - paused
             if not math.isfinite(state.train_loss_sum):
                 raise run.diverged()
             if run.scaler.get_scale() < scale:

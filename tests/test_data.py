@@ -15,7 +15,7 @@ import regex
 
 import data
 from config import Config, UserError
-from data import (SAMPLE, Batches, BPETokenizer, CharTokenizer, hold_out, open_dataset, prepare, read_stories, spec_hash,
+from data import (SAMPLE, Batches, BPETokenizer, CharTokenizer, encode_stories, hold_out, open_dataset, prepare, read_stories, spec_hash,
                   tokenizer_from_spec)
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,12 @@ def round_trips(tokenizer, texts: list[str]) -> None:
 
 def test_bpe_is_lossless(stories):
     round_trips(BPETokenizer.train(stories, 2048), stories + UNICODE)
+
+
+def test_half_a_surrogate_pair_is_replaced_and_does_not_stop_the_stream():
+    tokenizer, written = BPETokenizer.train(["some text"], 260), []
+    encode_stories(["a\ud83db", "c"], tokenizer, written.append)
+    assert tokenizer.decode(np.frombuffer(b"".join(written), np.uint16)) == "a\ufffdb<|endoftext|>c<|endoftext|>"
 
 
 @needs_gpt2

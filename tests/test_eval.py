@@ -1,0 +1,573 @@
+"""Evaluation: loss against independent computations, quality figures with known answers, probes, every mode of the command."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+from config import Config, ModelConfig, UserError, run_main
+from data import BPETokenizer, CharTokenizer, Stream, encode_stories, prepare
+from eval import Continuation, StreamDecoder, copy_figures, load_model, loss_figures, ngrams, quality_figures, split_words
+from model import Transformer
+from train import save_checkpoint
+
+ROOT = Path(evaluation.__file__).parent
+CONTEXT = 48
+NAMES, THINGS = ("Tom", "Mia", "Sue", "Ben", "Amy"), ("red ball", "big dog", "little boat", "café")
+STORIES = [f"Once upon a time {name} had a {thing}. {name} said, \"I like my {thing}!\"" + " They played." * (i % 3)
+           for i, (name, thing) in enumerate((name, thing) for name in NAMES for thing in THINGS)]
+
+
+def make_model(vocab_size: int, max_seq_len: int = CONTEXT) -> Transformer:
+    """A small model whose weights are large enough to make its choices differ."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(n_layers=2, d_model=32, n_heads=2, d_ff=48, max_seq_len=max_seq_len), vocab_size)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def make_checkpoint(folder: Path, tokenizer_type: str = "bpe") -> Path:
+    """Prepares the stories and saves a model for them, as train.py does; everything lies in `folder`."""
+    folder.joinpath("stories.txt").write_text("\n<|endoftext|>\n".join(STORIES))
+    config = Config()
+    config.data.dataset, config.data.data_dir = str(folder / "stories.txt"), str(folder / "data")
+    config.training.tokenizer_type, config.training.bpe_vocab_size = tokenizer_type, 300
+    config.training.log_dir = str(folder / "logs")
+    tokenizer, train, validation = prepare(config)
+    model = make_model(tokenizer.vocab_size)
+    config.model = model.config
+    path = folder / "checkpoints" / "best_model.pt"
+    save_checkpoint(path, {"step": 7, "config": dataclasses.asdict(config), "tokenizer": tokenizer.spec(), "val_loss": 1.0,
+                           "dataset": {"train": train.info, "validation": validation.info}, "model": model.state_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs eval.py in an empty folder: command(arguments, stdin="") -> (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as exit:
+            run_main(evaluation.main)
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def stream_of(stories: list[str], tokenizer) -> Stream:
+    chunks = []
+    info = encode_stories(stories, tokenizer, chunks.append)
+    return Stream(np.frombuffer(b"".join(chunks), np.uint16), info)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------- loss
+
+@pytest.fixture(scope="module")
+def tokenizer() -> BPETokenizer:
+    return BPETokenizer.train(STORIES, 300)
+
+
+@torch.no_grad()
+def test_loss_and_what_derives_from_it_equal_a_brute_force_loop(tokenizer):
+    model, texts = make_model(tokenizer.vocab_size, 16).eval(), STORIES[:6]  # the stories are longer than the context
+    figures = loss_figures(model, tokenizer, stream_of(texts, tokenizer))
+    losses, hits, at_start = [], [], []
+    for text in texts:
+        story = [*tokenizer.encode(text), tokenizer.eot_id]
+        for t, target in enumerate(story):
+            begin = t - t % 16
+            logits = model(torch.tensor([[tokenizer.eot_id, *story][begin:t + 1]]))[0, -1]
+            losses.append(F.cross_entropy(logits, torch.tensor(target)).item())
+            hits.append(logits.argmax().item() == target)
+            if t == begin:
+                at_start.append(losses[-1])
+    assert len(at_start) > len(texts)
+    assert figures["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-5)
+    assert figures["accuracy"] == pytest.approx(np.mean(hits), abs=1e-9)
+    assert figures["loss_by_position"]["0"] == {"loss": pytest.approx(np.mean(at_start), rel=1e-5), "tokens": len(at_start)}
+    for key in ("loss_by_position", "loss_by_length"):
+        rows = figures[key].values()
+        assert sum(row["tokens"] for row in rows) == len(losses)
+        assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_perplexity_is_that_of_transformers_qwen3_with_the_same_weights(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    ours = make_model(tokenizer.vocab_size, 128).eval()
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, intermediate_size=48, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=10_000.0,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)).eval()
+    theirs.model.load_state_dict(ours.state_dict())
+    total = n_tokens = 0
+    for text in STORIES:
+        tokens = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text), tokenizer.eot_id]])
+        with torch.no_grad():
+            total += theirs(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
+        n_tokens += tokens.numel() - 1
+    perplexity = loss_figures(ours, tokenizer, stream_of(STORIES, tokenizer))["perplexity"]
+    assert perplexity == pytest.approx(math.exp(total / n_tokens), rel=1e-4)
+
+
+def test_uniform_logits_have_the_vocabulary_as_perplexity(tokenizer):
+    model, stream = make_model(tokenizer.vocab_size), stream_of(STORIES, tokenizer)
+    torch.nn.init.zeros_(model.embed_tokens.weight)
+    figures = loss_figures(model, tokenizer, stream)
+    assert figures["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(len(stream.tokens) * math.log2(tokenizer.vocab_size) / stream.info["bytes"])
+    assert figures["loss_stderr"] == pytest.approx(0, abs=1e-6)
+
+
+def test_figures_do_not_depend_on_the_batch_size(tokenizer, monkeypatch):
+    model, stream, results = make_model(tokenizer.vocab_size), stream_of(STORIES, tokenizer), []
+    for batch_size in (1, 3, 64):
+        monkeypatch.setattr(evaluation, "BATCH_SIZE", batch_size)
+        results.append(loss_figures(model, tokenizer, stream))
+    for other in results[1:]:
+        assert other["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+        assert other["loss_stderr"] == pytest.approx(results[0]["loss_stderr"], rel=1e-4)
+        assert other["accuracy"] == results[0]["accuracy"]
+
+
+def test_standard_error_is_that_of_the_mean_where_stories_have_one_length():
+    tokenizer = CharTokenizer.train(["abcdefgh "])
+    stories = ["abcd", "hgfe", "aaaa", "bd h", "ceeg"]
+    model = make_model(tokenizer.vocab_size)
+    means = [loss_figures(model, tokenizer, stream_of([story], tokenizer))["loss"] for story in stories]
+    figures = loss_figures(model, tokenizer, stream_of(stories, tokenizer))
+    assert figures["loss_stderr"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(len(stories)), rel=1e-4)
+    assert loss_figures(model, tokenizer, stream_of(stories[:1], tokenizer))["loss_stderr"] is None
+
+
+def test_losses_fall_into_the_right_buckets():
+    figures = evaluation.loss_by(np.arange(20.0), np.arange(20), (0, 1, 4, 16, 64))
+    assert figures == {"0": {"loss": 0, "tokens": 1}, "1-3": {"loss": 2, "tokens": 3}, "4-15": {"loss": 9.5, "tokens": 12},
+                       "16-63": {"loss": 17.5, "tokens": 4}}
+    assert list(evaluation.loss_by(np.ones(1), np.array([99]), (0, 64))) == ["64+"]
+
+
+# ---------------------------------------------------------------- quality
+
+def story(text: str, ended: bool = True) -> Continuation:
+    return Continuation(split_words(text), len(text), ended)
+
+
+def test_words_and_openings():
+    assert split_words("Don't STOP, Tom's dog! Café 12") == ["don't", "stop", "tom's", "dog", "café", "12"]
+    assert ngrams(list("abcd"), 3) == [("a", "b", "c"), ("b", "c", "d")] and ngrams(["a"], 2) == []
+    assert evaluation.opening("One  two three. " + "more " * 20) == "One  two three. more more more more more"
+    assert evaluation.opening("one two, three four") == "one two,"
+    assert evaluation.opening("word") == ""
+
+
+def test_quality_figures_of_texts_with_known_answers():
+    figures = quality_figures([story("a b c d a b c d"), story("a b x", ended=False), story("", ended=False)])
+    assert figures == {
+        "ended": pytest.approx(1 / 3), "tokens": pytest.approx((15 + 5 + 0) / 3), "words": pytest.approx(11 / 3),
+        "distinct_1": pytest.approx(5 / 11),  # a b c d x
+        "distinct_2": pytest.approx(5 / 9),   # ab bc cd da bx of 7 + 2
+        "distinct_3": pytest.approx(5 / 7),   # abc bcd cda dab abx of 6 + 1
+        "repeated_4grams": pytest.approx(1 / 5),  # the second abcd; the short stories have none
+        # the first two share ab, of 7 and 2: 2 * 1 / 9; the empty one shares nothing
+        "self_similarity": pytest.approx((2 / 9 + 2 / 9 + 0) / 3)}
+    identical = quality_figures([story("the cat sat on the mat")] * 3)
+    assert identical["self_similarity"] == 1 and identical["distinct_3"] == pytest.approx(1 / 3)
+    assert quality_figures([story("a b")])["self_similarity"] is None  # there is no other story
+    assert quality_figures([story("")])["distinct_1"] is None
+
+
+def test_copies_of_training_stories_are_found():
+    training = ["The cat sat on the mat. Then it slept.", "A dog ran to the park and played."]
+    copied, inside, original, short = copy_figures(
+        [[story("the cat sat on the mat then it slept")], [story("One cat sat on the moon"), story("to the park and glorped")],
+         [story("the slept cat ran mat")], [story("a dog")]], training)
+    assert copied == {"copied_4grams": 1, "longest_copy": 9, "unseen_words": 0}
+    # "cat sat on the" and "to the park and", of 3 + 2; the longest is 4; unseen: one, moon, glorped of 11
+    assert inside == {"copied_4grams": 0.4, "longest_copy": 4, "unseen_words": pytest.approx(3 / 11)}
+    assert original == {"copied_4grams": 0, "longest_copy": 1, "unseen_words": 0}
+    assert short == {"copied_4grams": None, "longest_copy": 2, "unseen_words": 0}
+    across, = copy_figures([[story("it slept a dog ran")]], training)  # a copy does not run on into the next story
+    assert across["longest_copy"] == 3 and across["copied_4grams"] == 0
+
+
+def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint):
+    model, tokenizer, _ = load_model(checkpoint)
+    stream, sampling = stream_of(STORIES, tokenizer), dict(temperature=1.0, top_k=None, top_p=None, max_new_tokens=12)
+    quality = evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
+    assert quality["openings"] == len(STORIES) and quality["stories"] == 3 * len(STORIES) >= 50
+    human = quality["human"]  # the stories are in `stream`, but cut after 12 tokens
+    assert human["copied_4grams"] == 1 and human["unseen_words"] == 0 and human["ended"] == 0 and human["tokens"] == 12
+    assert quality["model"]["unseen_words"] > 0.5 and quality["model"]["tokens"] <= 12
+    assert quality == evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
+    assert quality["model"] != evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=1)["model"]
+
+
+# ---------------------------------------------------------------- probes
+
+class Unigram(torch.nn.Module):
+    """A model in which a target costs what its table says, whatever comes before it."""
+
+    def __init__(self, costs: torch.Tensor):
+        super().__init__()
+        self.config, self.embed_tokens, self.costs = ModelConfig(max_seq_len=64), torch.nn.Embedding(1, 1), costs
+
+    def token_losses(self, tokens, targets):
+        return self.costs[targets], torch.zeros_like(targets, dtype=torch.bool)
+
+
+def test_probes_compare_the_likelihood_per_byte_of_the_continuation_only():
+    tokenizer = CharTokenizer.train(["abcdé "])
+    costs = dict(zip("abcdé ", (1.0, 2.0, 3.0, 9.0, 5.0, 0.0)))
+    model = Unigram(torch.tensor([costs.get(c, 50.0) for c in tokenizer.characters] + [50.0, 50.0]))
+    item = lambda right, *wrong, prompt="ddd": {"prompt": prompt, "right": right, "wrong": list(wrong)}
+    groups = {"one": [item("a", "b"), item("bb", "a"), item("aaaa", "b"), item("a", "a")],
+              "two": [item("é", "c", "d"), item("c", "é", "b", prompt="")]}
+    figures = evaluation.probe_figures(model, tokenizer, groups)
+    # passed: a < b; aaaa costs more than b in sum and less per byte; é: 2.5 a byte. A tie is not a pass.
+    assert figures == {"one": {"accuracy": 0.5, "chance": 0.5, "items": 4, "failed": ["dddbb", "ddda"]},
+                       "two": {"accuracy": 0.5, "chance": pytest.approx(1 / 3), "items": 2, "failed": ["c"]}}
+
+
+def test_a_continuation_is_scored_after_its_prompt(tokenizer):
+    model = make_model(tokenizer.vocab_size).eval()
+    scores = {}
+    for ending in (" red.", " blue."):
+        prompt, tokens = [tokenizer.eot_id, *tokenizer.encode("The ball was")], tokenizer.encode(ending)
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + tokens])).log_softmax(-1)[0]
+        scores[ending] = sum(log_p[len(prompt) - 1 + i, t].item() for i, t in enumerate(tokens)) / len(ending)
+    worse, better = sorted(scores, key=scores.get)
+    for right, wrong, accuracy in ((better, worse, 1), (worse, better, 0)):
+        groups = {"group": [{"prompt": "The ball was", "right": right, "wrong": [wrong]}]}
+        assert evaluation.probe_figures(model, tokenizer, groups)["group"]["accuracy"] == accuracy
+
+
+def test_the_probes_are_fair():
+    groups = json.loads(evaluation.PROBES.read_text())
+    assert groups.pop("about") and sum(map(len, groups.values())) >= 60
+    for item in (item for items in groups.values() for item in items):
+        endings = [item["right"], *item["wrong"]]
+        assert len(set(endings)) == len(endings) >= 2 and not item["prompt"].endswith(" "), item
+        assert all(ending.startswith(" ") for ending in endings), item  # so that a token never spans prompt and ending
+
+
+# ---------------------------------------------------------------- the evaluation as a command
+
+def test_json_is_one_object_with_every_figure(checkpoint, command):
+    code, out, err = command("--checkpoint", checkpoint, "--json", "--max_new_tokens", 8)
+    assert code == 0, err
+    results = json.loads(out)  # the one object and nothing else
+    model, tokenizer, saved = load_model(checkpoint)
+    _, _, validation = prepare(Config(data=dataclasses.replace(Config().data, **saved["config"]["data"]),
+                                      training=dataclasses.replace(Config().training, **saved["config"]["training"])))
+    expected = loss_figures(model, tokenizer, validation)
+    assert {key: results[key] for key in expected} == expected
+    assert results["checkpoint"] == str(checkpoint) and results["step"] == 7 and results["tokenizer"] == "bpe"
+    assert results["dataset"] == saved["config"]["data"]["dataset"] and results["split"] == "validation"
+    for key in ("stories", "tokens", "bytes"):
+        assert results[key] == validation.info[key]
+    assert results["quality"]["model"].keys() == results["quality"]["human"].keys() == evaluation.QUALITY.keys()
+    assert results["quality"]["stories"] >= 50 and set(results["probes"]) == {"facts", "reasoning", "context"}
+
+    code, text, _ = command("--checkpoint", checkpoint, "--max_new_tokens", 8)
+    for figure in (f"{expected['loss']:.4f}", f"{expected['perplexity']:.3f}", f"{expected['bits_per_byte']:.4f}",
+                   "bpe tokenizer", results["dataset"], "facts", *(label for label, _ in evaluation.QUALITY.values())):
+        assert figure in text
+
+
+def test_changed_stories_are_an_error_and_not_evaluated_silently(tmp_path, command):
+    checkpoint = make_checkpoint(tmp_path)
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(reversed(STORIES)))
+    code, out, err = command("--checkpoint", checkpoint)
+    assert (code, out) == (2, "") and err.startswith("error: ") and "stories of" in err and "checkpoint" in err
+
+
+def test_another_text_is_evaluated_as_a_whole(checkpoint, command, tmp_path):
+    (tmp_path / "other.txt").write_text("Tom had a boat.\n<|endoftext|>\nMia sat down.\n<|endoftext|>\nThe end.\n")
+    code, out, err = command("--checkpoint", checkpoint, "--data", "other.txt", "--json", "--max_new_tokens", 20)
+    results, (model, tokenizer, _) = json.loads(out), load_model(checkpoint)
+    expected = loss_figures(model, tokenizer, stream_of(["Tom had a boat.", "Mia sat down.", "The end."], tokenizer))
+    assert (results["dataset"], results["split"], results["stories"], results["bytes"]) == ("other.txt", "all", 3, 36)
+    assert results["loss"] == expected["loss"] and results["quality"]["model"]["copied_4grams"] is not None
+    assert "WARNING" not in err
+
+
+def test_another_text_needs_no_training_stories_and_unknown_characters_are_counted(tmp_path, command):
+    checkpoint = make_checkpoint(tmp_path, "char")
+    (tmp_path / "stories.txt").unlink()
+    (tmp_path / "other.txt").write_text("Zoë§ sat. Zoë ran.")
+    code, out, err = command("--checkpoint", checkpoint, "--data", "other.txt", "--json", "--max_new_tokens", 4)
+    results = json.loads(out)
+    assert code == 0 and results["unknown_characters"] == 5 and "5 of 19 characters" in err  # Z ë § Z ë; 19 with end-of-text
+    assert results["quality"]["human"]["copied_4grams"] is None and "copies" in err
+    code, out, err = command("--checkpoint", checkpoint)
+    assert (code, out) == (2, "") and "stories.txt" in err
+
+
+# ---------------------------------------------------------------- generation
+
+def test_stories_begin_with_their_openings_and_are_reproducible(checkpoint, command):
+    openings = ("Tom", "", "Once upon a time")
+    arguments = ("--checkpoint", checkpoint, "--generate", *openings, "--num_samples", 2, "--max_new_tokens", 9)
+    code, out, _ = command(*arguments, "--seed", 5)
+    stories = out.split("--- ")[1:]
+    assert code == 0 and len(stories) == 6
+    for i, (text, opening) in enumerate(zip(stories, np.repeat(openings, 2)), 1):
+        assert text.startswith(f"{i} of 6 ---\n{opening}")
+    assert command(*arguments, "--seed", 5)[1] == out != command(*arguments, "--seed", 6)[1]
+    _, out, err = command(*arguments)
+    seed = err.split()[-1]  # a fresh one, printed
+    assert command(*arguments, "--seed", seed)[1] == out
+
+
+def test_a_batch_of_greedy_stories_is_the_single_stories(checkpoint, command, monkeypatch):
+    greedy = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 2 * CONTEXT, "--seed", 0, "--generate")
+    openings = ["Tom", "Once upon a time", "", "Mia had a red ball", "Sue"]
+    single = [command(*greedy, opening)[1] for opening in openings]
+    model, tokenizer, _ = load_model(checkpoint)
+    tokens = model.generate([[tokenizer.eot_id, *tokenizer.encode("Tom")]], 2 * CONTEXT, 0, eot_id=tokenizer.eot_id)[0]
+    assert len(tokens) > CONTEXT
+    assert single[0] == tokenizer.decode([t for t in tokens if t != tokenizer.eot_id]) + "\n"
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 2)
+    assert command(*greedy, *openings)[1] == "".join(f"--- {i} of 5 ---\n{story}" for i, story in enumerate(single, 1))
+
+
+def test_the_first_unfinished_story_is_shown_live(capsys):
+    tokenizer = CharTokenizer.train(["abcxyz"])
+    shown = []
+
+    def generate(prompts, max_new_tokens, stream, **_):
+        assert prompts == [[tokenizer.eot_id, tokenizer.encode("a")[0]], [tokenizer.eot_id, tokenizer.encode("x")[0]]]
+        for row, character in ((1, "y"), (0, "b"), (1, "z"), (0, None), (1, "z")):
+            shown.append(capsys.readouterr().out)
+            stream(row, tokenizer.encode(character)[0] if character else tokenizer.eot_id)
+
+    sampling = dict(temperature=1, top_k=None, top_p=None, max_new_tokens=3)
+    evaluation.tell_stories(types.SimpleNamespace(generate=generate), tokenizer, ["a", "x"], sampling, None)
+    assert shown == ["--- 1 of 2 ---\na", "", "b", "", "\n--- 2 of 2 ---\nxyz"]
+    assert capsys.readouterr().out == "z\n"
+
+
+@pytest.mark.parametrize("text", ["é", "naïve 😀 日本", "plain"])
+def test_a_character_of_several_tokens_appears_whole(text):
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)])  # every byte a token
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder(token) for token in tokenizer.encode(text)]
+    assert [piece for piece in pieces if piece] == list(text) and decoder.rest() == ""
+
+
+def test_bytes_that_are_no_character_are_not_lost():
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)])
+    decoder, tokens = StreamDecoder(tokenizer), [0xC3, 0x41, 0xFF, 0xC3, 0xA9, 0xF0, 0x9F]
+    assert "".join(map(decoder, tokens)) + decoder.rest() == tokenizer.decode(tokens) == "\ufffdA\ufffdé\ufffd"
+
+
+def test_unknown_characters_of_an_opening_are_named(tmp_path, command):
+    checkpoint = make_checkpoint(tmp_path, "char")
+    code, out, err = command("--checkpoint", checkpoint, "--generate", "Zoë", "--max_new_tokens", 3, "--seed", 0)
+    assert code == 0 and out.startswith("Zoë") and "'Z', 'ë'" in err and err.startswith("WARNING")
+    assert "WARNING" not in command("--checkpoint", checkpoint, "--generate", "Tom", "--max_new_tokens", 3)[2]
+
+
+def test_interactive(checkpoint, command, monkeypatch):
+    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense", "/settings", "/help", ""]
+    code, out, _ = command("--checkpoint", checkpoint, "--interactive", stdin="\n".join(lines) + "\n")
+    greedy = command("--checkpoint", checkpoint, "--generate", "Tom", "--temperature", 0, "--max_new_tokens", 4)[1]
+    assert code == 0 and greedy in out and out.count("/top_p 0.9") == 2
+    assert "/temperature = -3 must be" in out and "/top_k = 0 must be" in out and "no command /nonsense" in out
+    assert "temperature 0.0, top_k 50, top_p None, max_new_tokens 4" in out
+
+    told = []
+
+    def interrupted(model, tokenizer, prompts, *_):
+        told.append(prompts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "tell_stories", interrupted)
+    code, _, _ = command("--checkpoint", checkpoint, "--interactive", stdin="one\ntwo\n")
+    assert code == 0 and told == [["one"], ["two"]]  # Ctrl-C ends a story, not the program
+
+
+# ---------------------------------------------------------------- pictures
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_metrics(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+LINES = "".join(json.dumps({"step": step, "train_loss": 5 - step / 100, "val_loss": loss, "lr": 1e-3, "val_bits_per_byte": 1.5,
+                            "grad_norm": norm, "tokens_per_second": 1e4, "timestamp": "2026-01-01"}) + "\n"
+                for step, loss, norm in ((100, 4.0, 1.0), (200, 3.0, None), (300, 3.5, 0.5)))
+
+
+def test_plot_reads_what_is_there(tmp_path):
+    metrics = evaluation.read_metrics(write_metrics(tmp_path / "a", LINES + '{"step": 400, "val_lo'))
+    assert metrics["step"].tolist() == [100, 200, 300] and metrics["val_loss"].tolist() == [4.0, 3.0, 3.5]
+    np.testing.assert_array_equal(metrics["grad_norm"], [1.0, math.nan, 0.5])
+
+
+def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp_path):
+    for name, text in (("one", LINES + '{"step": 4'), ("two", LINES), ("short", LINES.splitlines()[0]),
+                       ("nothing", '{"step": 1, "val_loss": null}\n')):
+        write_metrics(tmp_path / name, text)
+    for folders in (["one"], ["two", "one"], ["short"], ["nothing"]):
+        code, out, err = command("--plot", *folders)
+        assert (code, out, err) == (0, f"{folders[0]}/training_curves.png\n", "")
+        assert (tmp_path / folders[0] / "training_curves.png").read_bytes().startswith(PNG)
+    assert not list(tmp_path.rglob("*.tmp"))
+    logs = write_metrics(checkpoint.parent.parent / "logs", LINES)
+    assert command("--checkpoint", checkpoint, "--plot")[1] == f"{logs}/training_curves.png\n"
+    write_metrics(tmp_path / "logs", LINES)
+    assert command("--plot")[1] == "logs/training_curves.png\n"
+
+
+@pytest.mark.parametrize("text", [None, "", '{"step": 1', "[1]\nnull\n\xff\n"])
+def test_plot_without_metrics_is_one_sentence(command, tmp_path, text):
+    if text is not None:
+        write_metrics(tmp_path / "logs", text)
+    before = files(tmp_path)
+    code, out, err = command("--plot")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and "logs/metrics.jsonl" in err
+    assert files(tmp_path) == before
+
+
+def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, capsys):
+    text = "Once upon a time\nTom's café 日"
+    code, out, _ = command("--checkpoint", checkpoint, "--inspect", text, "--png", "picture.png")
+    assert code == 0 and (tmp_path / "picture.png").read_bytes().startswith(PNG) and "\x1b" not in out
+    rows = [line.split(maxsplit=1) for line in out.splitlines() if line[:7].strip().replace(".", "").isdigit()]
+    model, tokenizer, _ = load_model(checkpoint)
+    tokens = tokenizer.encode(text)
+    with torch.no_grad():
+        logits = model(torch.tensor([[tokenizer.eot_id, *tokens[:-1]]]))[0]
+    losses = F.cross_entropy(logits, torch.tensor(tokens), reduction="none")
+    assert sum(float(loss) for loss, _ in rows) == pytest.approx(losses.sum().item(), abs=0.005 * len(rows))
+    assert float(rows[0][0]) == pytest.approx(losses[0].item(), abs=0.006)
+    assert "".join(eval(piece) for _, piece in rows) == text  # the builtin: reprs of strings
+    assert f"loss {losses.mean():.3f}" in out and f"{len(tokens)} tokens" in out and "bpe" in out
+
+    evaluation.print_losses([("calm", 0.3), ("odd\nword", 99.0)], coloured=True)
+    out = capsys.readouterr().out
+    assert "\x1b[48;5;231;38;5;16mcalm\x1b[0m" in out and "\x1b[48;5;196;38;5;16modd↵\x1b[0m\n\x1b[48;5;196;38;5;16mword" in out
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("options, names", [
+    (["--temperature", "-1"], ["temperature", "-1", "0"]), (["--temperature", "nan"], ["temperature", "nan"]),
+    (["--temperature", "hot"], ["temperature", "hot"]), (["--temperature", "none"], ["temperature", "none"]),
+    (["--temperature", "1e-30"], ["temperature"]), (["--top_k", "0"], ["top_k", "0", "at least 1"]),
+    (["--top-k", "2.5"], ["top_k", "2.5"]), (["--top_p", "0"], ["top_p", "0"]), (["--top_p", "1.1"], ["top_p", "1.1"]),
+    (["--max_new_tokens", "0"], ["max_new_tokens", "0"]), (["--num_samples", "0"], ["num_samples", "0"]),
+    (["--seed", "-1"], ["seed", "-1"]), (["--device", "tpu"], ["--device", "tpu", "cuda"]),
+    (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]), (["--generate"], ["--generate"]),
+    (["--inspect", ""], ["--inspect"]),
+    (["--nonsense"], ["--nonsense", "--help"]), (["--plot", "--json"], ["--plot", "--json"]),
+    (["--data", "nowhere.txt"], ["--data", "nowhere.txt", "does not exist"]), (["--data", "x", "--generate", "y"], ["--data"]),
+    (["--png", "x.png"], ["--png", "--inspect"])])
+def test_a_mistake_is_one_sentence_and_changes_nothing(checkpoint, command, tmp_path, options, names):
+    before = files(checkpoint.parent.parent)
+    code, out, err = command("--checkpoint", checkpoint, *options)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert all(name in err for name in names)
+    assert files(checkpoint.parent.parent) == before and not list(tmp_path.iterdir())
+
+
+def test_a_missing_checkpoint_says_what_to_do(command, tmp_path):
+    code, out, err = command()
+    assert (code, out) == (2, "") and "checkpoints/best_model.pt" in err and "train.py" in err and "--checkpoint" in err
+    quick = tmp_path / "checkpoints/quick/best_model.pt"
+    quick.parent.mkdir(parents=True)
+    quick.touch()
+    assert "checkpoints/quick/best_model.pt" in command()[2]
+
+
+def test_load_model_is_ready_for_a_notebook(checkpoint):
+    model, tokenizer, saved = load_model(str(checkpoint), device="cpu")
+    assert not model.training and saved["step"] == 7
+    tokens = torch.tensor([tokenizer.encode("Once upon a time")])
+    logits = model(tokens)
+    assert logits.shape == (1, tokens.shape[1], tokenizer.vocab_size)
+    torch.testing.assert_close(logits, make_model(tokenizer.vocab_size).eval()(tokens))
+
+
+@pytest.mark.parametrize("damage", ["layers", "width", "tokenizer", "spec", "setting", "nan"])
+def test_weights_that_do_not_fit_are_one_sentence(checkpoint, tmp_path, damage):
+    _, _, saved = load_model(checkpoint)
+    if damage == "layers":
+        saved["config"]["model"]["n_layers"] = 3
+    elif damage == "width":
+        saved["config"]["model"]["d_model"] = 64
+    elif damage == "tokenizer":
+        saved["tokenizer"] = CharTokenizer.train(STORIES).spec()
+    elif damage == "spec":
+        saved["tokenizer"] = {"type": "bpe"}
+    elif damage == "setting":
+        saved["config"]["model"]["n_experts"] = 2
+    else:
+        saved["model"]["norm.weight"][0] = math.nan
+    save_checkpoint(tmp_path / "model.pt", saved)
+    with pytest.raises(UserError, match="model.pt") as error:
+        load_model(tmp_path / "model.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, command):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    save_checkpoint(tmp_path / "saved.pt", {"step": 1, "config": {}, "tokenizer": {}, "dataset": {}, "model": Malicious()})
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    for name in ("saved.pt", "plain.pt"):
+        code, out, err = command("--checkpoint", name)
+        assert (code, out) == (2, "") and err.startswith("error: ") and name in err
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "plain.pt").read_bytes())
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def test_the_script_from_another_folder(checkpoint, tmp_path):
+    def run(*arguments: str, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, ROOT / "eval.py", *arguments], cwd=tmp_path, capture_output=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+    helped = run("--help")
+    assert helped.returncode == 0 and helped.stderr == b""
+    assert all(word in helped.stdout for word in (b"--generate", b"--plot", b"--top_p", b"Once upon a time", b"checkpoints/"))
+    told = run("--checkpoint", str(checkpoint), "--generate", "Zo\u00eb 日", "--seed", "1", "--max_new_tokens", "5",
+               PYTHONIOENCODING="ascii")
+    assert told.returncode == 0 and told.stdout.startswith(b"Zo? ?") and told.stderr == b""
