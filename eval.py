@@ -656,11 +656,12 @@ def plot_training(log_dirs: list[Path]) -> Path:
         axes[name].xaxis.set_major_locator(MaxNLocator(5 if name == "loss" else 4, integer=True, steps=[1, 2, 5, 10]))
         axes[name].xaxis.set_major_formatter(EngFormatter(sep=""))
         axes[name].set(xlabel="update", xlim=(0, 1.03 * max(1, *(run["step"].max() for run in runs))))
-        if name in ("loss", "val_bits_per_byte"):  # logarithmic: the first updates would leave no room for all others
+        top = axes[name].dataLim.y1  # not positive where every value is missing
+        if name in ("loss", "val_bits_per_byte") and top > 0:  # else the first updates leave no room for all others
             axes[name].set_yscale("log")
             axes[name].yaxis.set(major_locator=LogLocator(subs=(1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8)),
                                  major_formatter=StrMethodFormatter("{x:g}"), minor_locator=NullLocator())
-        if name in ("lr", "tokens_per_second") and (top := axes[name].dataLim.y1) > 0:
+        if name in ("lr", "tokens_per_second") and top > 0:
             axes[name].set_ylim(0, 1.08 * top)
     axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
     handles, _ = axes["loss"].get_legend_handles_labels()
@@ -707,10 +708,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
                        "first folder; default: the logs of --checkpoint, or logs/")
     parser.add_argument("--png", metavar="FILE", help="with --inspect: draw it, too")
     for name, (_, default, _, description) in SAMPLING.items():
-        metavar = name.rsplit("_")[-1].upper()
-        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar=metavar, default=default,
-                            type=functools.partial(sampling_value, name), help=f"{description}; default: {default}")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: auto")
+        shown = "random, 0 in an evaluation" if name == "seed" else str(default).lower()
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar="N", default=default,
+                            type=functools.partial(sampling_value, name), help=f"{description}; default: {shown}")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     options = parser.parse_args(arguments)
     story_mode = options.generate or options.interactive or options.inspect is not None or options.plot is not None
     if options.data and story_mode:

@@ -230,6 +230,12 @@ def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint
     assert quality == evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
     assert quality["model"] != evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=1)["model"]
 
+    sampling["max_new_tokens"] = 400  # a story must fit into the context with its opening
+    longest = max(len(tokenizer.encode(evaluation.opening(text))) for text in STORIES)
+    quality = evaluation.generation_quality(model, tokenizer, stream, None, sampling, seed=0)
+    assert quality["max_new_tokens"] == CONTEXT - 1 - longest >= quality["model"]["tokens"] and quality["human"]["ended"] == 1
+    assert quality["human"]["longest_copy"] is quality["model"]["copied_4grams"] is None
+
 
 # ---------------------------------------------------------------- probes
 
