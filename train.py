@@ -250,7 +250,8 @@ def check_settings(config: Config, checkpoint: dict, path: Path) -> None:
 def check_dataset(dataset: dict, checkpoint: dict, path: Path) -> None:
     """Raises UserError where the tokens or the tokenizer are not the checkpoint's, though the settings are."""
     changed = [f"the {key} of the {split} stories was {old[key]} and is {dataset[split][key]}"
-               for split, old in checkpoint["dataset"].items() for key in ("tokenizer", "sha256") if old[key] != dataset[split][key]]
+               for split, old in checkpoint["dataset"].items()
+               for key in ("tokenizer", "sha256") if old[key] != dataset[split][key]]
     if changed:
         raise another_run(path, changed)
 

@@ -8,7 +8,6 @@ import copy
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import pickle
