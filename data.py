@@ -495,16 +495,11 @@ def prepare(config: Config) -> tuple:
     except TokenizerUnavailable as error:
         config.training.tokenizer_type = "bpe"
         prepared, reason = _prepare(config), f"{reason}; {error}"
-    warn_of_sample(reason, prepared[0])
-    return prepared
-
-
-def warn_of_sample(reason: str, tokenizer) -> None:
-    """Says, so that nobody can miss it, that this is not TinyStories."""
     rule = "!" * 100
     print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the project "
-          f"(data.dataset=sample) and the {tokenizer.name} tokenizer: good to try things out, too few to learn well from."
+          f"(data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too few to learn well from."
           f"\n{rule}", file=sys.stderr)
+    return prepared
 
 
 def _prepare(config: Config) -> tuple:

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import ArgumentParser, Config, TrainingConfig, UserError, config, run_main
-from data import Batches, atomic_write, prepare, warn_of_sample, write_error
+from data import Batches, atomic_write, prepare, write_error
 from model import Transformer
 
 CHECKPOINT_FORMAT = 1
+FELL_BACK = "WARNING: this run is on the bundled sample stories, not on TinyStories, which could not be reached when it began"
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -411,30 +412,15 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
 
-        # The data: what `auto` was when the run began, it remains.
         directory, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.previous, self.best = (directory / f"{n}.pt" for n in ("latest", "previous", "best_model"))
         self.metrics = self.log_dir / "metrics.jsonl"
         found = None if fresh else find_checkpoint(directory)
         if found:
             check_settings(config, *found)
-        wanted = copy.deepcopy(config)
-        if found and config.data.dataset == "auto" == found[0]["config"]["data"]["dataset"]:
-            wanted.data.dataset = found[0]["dataset"]["train"]["dataset"]
-            wanted.training.tokenizer_type = found[0]["tokenizer"]["type"]
-        self.tokenizer, self.train_stream, self.val_stream = prepare(wanted)
-        self.fell_back = config.data.dataset == "auto" and self.train_stream.info["dataset"] == "sample"
-        self.dataset = {"train": self.train_stream.info, "validation": self.val_stream.info}
+        self.open_data(found[0] if found else None)
         if found:
             check_dataset(self.dataset, *found)
-        self.batches = Batches(self.train_stream.tokens, training.batch_size, config.model.max_seq_len, training.seed)
-        self.stream = torch.from_numpy(self.train_stream.tokens.view(np.int16)).to(self.device)
-        limit = len(self.val_stream.tokens)
-        if training.eval_batches is not None:
-            limit = min(limit, training.eval_batches * training.batch_size * config.model.max_seq_len)
-        ends = np.flatnonzero(self.val_stream.tokens[:limit] == self.tokenizer.eot_id)
-        self.val_tokens = np.array(self.val_stream.tokens[:ends[-1] + 1 if len(ends) else limit])
-        self.val_bytes = len(self.tokenizer.decode(self.val_tokens[self.val_tokens != self.tokenizer.eot_id]).encode())
 
         # The model and everything that survives.
         torch.manual_seed(training.seed)
@@ -456,6 +442,25 @@ class Run:
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.micro_batch_size = min(training.micro_batch_size or training.batch_size, training.batch_size // self.world)
+
+    def open_data(self, checkpoint: dict | None) -> None:
+        """Prepares the streams; what `auto` was when the run began, it remains."""
+        config, training = self.config, self.config.training
+        wanted = copy.deepcopy(config)
+        if checkpoint and config.data.dataset == "auto":
+            wanted.data.dataset = checkpoint["dataset"]["train"]["dataset"]
+            wanted.training.tokenizer_type = checkpoint["tokenizer"]["type"]
+        self.tokenizer, train_stream, val_stream = prepare(wanted)
+        self.dataset = {"train": train_stream.info, "validation": val_stream.info}
+        self.fell_back = config.data.dataset == "auto" and train_stream.info["dataset"] == "sample"
+        self.batches = Batches(train_stream.tokens, training.batch_size, config.model.max_seq_len, training.seed)
+        self.stream = torch.from_numpy(train_stream.tokens.view(np.int16)).to(self.device)
+        limit = len(val_stream.tokens)
+        if training.eval_batches is not None:
+            limit = min(limit, training.eval_batches * training.batch_size * config.model.max_seq_len)
+        ends = np.flatnonzero(val_stream.tokens[:limit] == self.tokenizer.eot_id)
+        self.val_tokens = np.array(val_stream.tokens[:ends[-1] + 1 if len(ends) else limit])
+        self.val_bytes = len(self.tokenizer.decode(self.val_tokens[self.val_tokens != self.tokenizer.eot_id]).encode())
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Takes over a checkpoint; the settings of the optimizer are those of the config, its state the checkpoint's."""
@@ -527,6 +532,8 @@ def update(run: Run) -> tuple[Tensor, Tensor, float]:
             log(f"out of memory: going on with training.micro_batch_size={run.micro_batch_size}, the same update again")
             torch.cuda.empty_cache()
         except torch._dynamo.exc.TorchDynamoException as error:
+            if run.world > 1:  # its hooks on the parameters would remain
+                raise UserError("torch.compile failed; use training.compile=off") from error
             log(f"torch.compile failed ({str(error).splitlines()[0][:100]}): going on without it")
             run.forward = run.objective
 
@@ -701,6 +708,8 @@ def main() -> int:
     run = Run(config, options.fresh)
     describe(run)
     if run.state.step:
+        if run.fell_back:
+            log(FELL_BACK)
         done = run.state.step >= run.schedule()[1]
         log(f"{'finished at' if done else 'going on from'} update {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
     code = train(run, started)
@@ -712,7 +721,7 @@ def main() -> int:
               f"{run.state.step:,}, on {best['dataset']['validation']['dataset']} with the {run.tokenizer.name} tokenizer\n"
               f"more stories: python eval.py --checkpoint {run.best} --generate \"Once upon a time\"")
         if run.fell_back:
-            print("WARNING: this was trained on the bundled sample stories, not on TinyStories, which could not be reached", file=sys.stderr)
+            log(FELL_BACK)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
