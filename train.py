@@ -365,7 +365,7 @@ def evaluate(model: Transformer, tokens: np.ndarray, eot_id: int, batch_size: in
     return losses, hits
 
 
-def tell_story(model: Transformer, tokenizer, seed: int = 0, opening: str = "Once upon a time", length: int = 200) -> str:
+def tell_story(model: Transformer, tokenizer, seed: int = 0, opening: str = "Once upon a time", length: int = 60) -> str:
     """Returns a story sampled with a random state of its own, at temperature 0.8 and top_k 50."""
     prompt = [tokenizer.eot_id, *tokenizer.encode(opening)]
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
@@ -574,7 +574,7 @@ def evaluate_run(run: Run, train_loss: float, rate: float, grad_norm: float, tok
     log(f"update {state.step:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}{' (best)' if better else ''}, "
         f"{bits_per_byte:.3f} bits per byte, epoch {run.batches.epoch(state.step):.2f}, {tokens_per_second:,.0f} tokens/s")
     if run.rank == 0:
-        log(f"    {tell_story(run.model, run.tokenizer, length=60).replace(chr(10), ' ')} ...")
+        log(f"    {tell_story(run.model, run.tokenizer).replace(chr(10), ' ')} ...")
     patience = training.early_stopping_evals
     if patience is not None and state.evals_since_best >= patience:
         decay_start, end = run.schedule()
@@ -716,7 +716,7 @@ def main() -> int:
     if code == 0 and run.rank == 0:
         best = load_checkpoint(run.best, run.device)
         run.model.load_state_dict(best["model"])
-        print(f"\n{tell_story(run.model, run.tokenizer)}\n")
+        print(f"\n{tell_story(run.model, run.tokenizer, length=400)}\n")
         print(f"best validation loss {best['val_loss']:.4f} (perplexity {math.exp(best['val_loss']):.2f}) at update {best['step']:,} of "
               f"{run.state.step:,}, on {best['dataset']['validation']['dataset']} with the {run.tokenizer.name} tokenizer\n"
               f"more stories: python eval.py --checkpoint {run.best} --generate \"Once upon a time\"")
