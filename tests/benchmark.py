@@ -200,7 +200,7 @@ def table(title: str, rows: dict[str, tuple], rounds: int, reference: str) -> No
 
 def sizes() -> None:
     """Prints the true parameter counts, and the memory of weights, gradients and optimizer, of each preset and tokenizer."""
-    print("| | layers | width | tokenizer | vocabulary | parameters | in the blocks | weights + gradients + optimizer, MB |\n" + "|---|" * 8)
+    print("| | layers | width | tokenizer | vocabulary | parameters | in the blocks | weights + gradients + optimizer, MB |\n|" + "---|" * 8)
     for preset, (tokenizer, vocab_size) in itertools.product(("small", "default", "large"), {"gpt2": 50257, "bpe": 4096, "char": 100}.items()):
         config = Config()
         if preset in PRESETS:
