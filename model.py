@@ -99,7 +99,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the time of
     F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
     """
-    CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits at a time
+    CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at a time
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         """Continues B prompts (lists of tokens, or a (B, T) tensor) and returns B lists: prompt, then new tokens.
 
         A row ends after `eot_id`, which it includes, or after `max_new_tokens`. `temperature` 0 is greedy; see
-        `filter_logits`. `stream(row, token)` is called with each new token. Keys and values are cached up to max_seq_len;
+        `candidates`. `stream(row, token)` is called with each new token. Keys and values are cached up to max_seq_len;
         past it, every step is a pass over the last max_seq_len tokens. Dropout is off. Raises ValueError on an empty prompt.
         """
         rows = [[int(token) for token in prompt] for prompt in prompts]
@@ -245,21 +245,17 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     """Returns (B,) tokens drawn from logits (B, V); the likeliest ones at temperature 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits.float(), temperature, top_k, top_p).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    weights, ids = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(-1, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Returns logits (B, V) over the temperature, minus infinity outside the `top_k` likeliest tokens and then outside
-    the smallest set of likeliest tokens with at least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751).
+def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """Returns the weights and the ids, both (B, K), of the tokens that may be drawn from logits (B, V): the softmax of the
+    logits over the temperature, of the `top_k` likeliest tokens, and of those only the likeliest that together have at
+    least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751); the others weigh zero.
     """
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = logits.sort()
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        outside[..., -1] = False  # the likeliest token stays
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    return logits
+    logits, ids = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
+    weights = logits.softmax(-1)
+    if top_p is not None:
+        weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
+    return weights, ids

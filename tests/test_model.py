@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import ModelConfig
-from model import LinearCrossEntropy, Transformer, filter_logits, sample
+from model import LinearCrossEntropy, Transformer, candidates, sample
 
 VOCAB = 97
 
@@ -154,7 +154,9 @@ def test_sampling_matches_transformers_logits_processors(temperature, top_k, top
         expected = transformers.TopKLogitsWarper(top_k)(None, expected)
     if top_p:
         expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-    torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), expected)
+    weights, ids = candidates(logits, temperature, top_k, top_p)
+    ours = torch.zeros_like(logits).scatter(-1, ids, weights / weights.sum(-1, keepdim=True))
+    torch.testing.assert_close(ours, expected.softmax(-1))
     many = sample(logits.repeat(500, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(500, 4)
     for row, column in zip(expected, many.T):
         assert row[column].isfinite().all()
