@@ -648,7 +648,7 @@ def train(run: Run, started: float) -> int:
                 log(f"update {state.step:,}: float16 overflowed, update skipped, loss scale now {run.scaler.get_scale():g}")
             scale = run.scaler.get_scale()
             show_progress(run, bar, state.train_loss_sum / state.train_loss_count, (state.step - line[1]) * tokens_per_update /
-                          (trained - line[0]), (trained - first[0]) / max(1, state.step - first[1]))
+                          (trained - line[0]), (trained - first[0]) / (state.step - first[1]) if state.step > first[1] else trained)
         if evaluating:
             evaluate_run(run, state.train_loss_sum / state.train_loss_count, rate, grad_norm.item(),
                          (state.step - line[1]) * tokens_per_update / (trained - line[0]))
