@@ -193,10 +193,10 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors; with `settings`, it reads --preset and section.field=value too."""
 
     def __init__(self, description: str, settings: bool = True):
-        epilog = "settings and their defaults:\n" + "".join(
+        epilog = None if not settings else "settings and their defaults:\n" + "".join(
             f"\n{section}.\n" + "\n".join(inspect.getsource(cls).splitlines()[2:]) + "\n"
             for section, cls in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)))
-        super().__init__(description=description, epilog=epilog if settings else None, allow_abbrev=False,
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         if settings:
             self.add_argument("settings", nargs="*", metavar="section.field=value", help="change a setting, listed below")

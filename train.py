@@ -380,13 +380,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def agree(*values: float) -> list[float]:
-    """Returns rank 0's values on every process."""
+def agree(value: float) -> float:
+    """Returns rank 0's value on every process."""
     if not dist.is_initialized():
-        return list(values)
-    box = torch.tensor(values, dtype=torch.float64)
+        return value
+    box = torch.tensor(value, dtype=torch.float64)
     dist.broadcast(box, 0)
-    return box.tolist()
+    return box.item()
 
 
 def log(message: str) -> None:
@@ -544,7 +544,7 @@ def evaluate_run(run: Run, train_loss: float, rate: float, grad_norm: float, tok
     if run.rank == 0:
         losses, _ = evaluate(run.model, run.val_tokens, run.tokenizer.eot_id, training.batch_size,
                              lambda: autocast(run.device, run.dtype))
-    val_loss, = agree(float(losses.mean(dtype=np.float64)) if run.rank == 0 else 0.0)
+    val_loss = agree(float(losses.mean(dtype=np.float64)) if run.rank == 0 else 0.0)
     if not math.isfinite(val_loss):
         raise run.diverged()
     better = val_loss < state.best_loss
@@ -560,7 +560,8 @@ def evaluate_run(run: Run, train_loss: float, rate: float, grad_norm: float, tok
                 "val_perplexity": math.exp(min(val_loss, 700)), "val_bits_per_byte": bits_per_byte,
                 "tokens": state.step * training.batch_size * run.config.model.max_seq_len,
                 "epoch": round(run.batches.epoch(state.step), 4),
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "tokens_per_second": round(tokens_per_second, 1), "elapsed_seconds": round(state.elapsed_seconds, 2),
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "tokens_per_second": round(tokens_per_second, 1),
+                "elapsed_seconds": round(state.elapsed_seconds, 2),
                 "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         try:
             run.log_dir.mkdir(parents=True, exist_ok=True)
@@ -592,7 +593,7 @@ def fix_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float, 
     training, state = run.config.training, run.state
     left = budget - state.elapsed_seconds - 2 * seconds_per_evaluation  # this one, and the last
     updates = max(1, int(left / (seconds_per_update + seconds_per_evaluation / training.eval_interval)))
-    state.end = int(agree(min(training.max_steps, state.step + updates))[0])
+    state.end = int(agree(min(training.max_steps, state.step + updates)))
     state.decay_start = state.end * (1 - training.decay_fraction)
     log(f"{seconds_per_update:.3g} s per update: training.max_minutes={training.max_minutes:g} end at update {state.end:,}")
 
@@ -647,15 +648,16 @@ def train(run: Run, started: float) -> int:
             if run.scaler.get_scale() < scale:
                 log(f"update {state.step:,}: float16 overflowed, update skipped, loss scale now {run.scaler.get_scale():g}")
             scale = run.scaler.get_scale()
-            show_progress(run, bar, state.train_loss_sum / state.train_loss_count, (state.step - line[1]) * tokens_per_update /
-                          (trained - line[0]), (trained - first[0]) / (state.step - first[1]) if state.step > first[1] else trained)
+            train_loss = state.train_loss_sum / state.train_loss_count
+            tokens_per_second = (state.step - line[1]) * tokens_per_update / (trained - line[0])
+            seconds_per_update = (trained - first[0]) / (state.step - first[1]) if state.step > first[1] else trained
+            show_progress(run, bar, train_loss, tokens_per_second, seconds_per_update)
         if evaluating:
-            evaluate_run(run, state.train_loss_sum / state.train_loss_count, rate, grad_norm.item(),
-                         (state.step - line[1]) * tokens_per_update / (trained - line[0]))
+            evaluate_run(run, train_loss, rate, grad_norm.item(), tokens_per_second)
             line, state.train_loss_sum, state.train_loss_count = (trained, state.step), 0.0, 0
             loss_sum.zero_()
             if fixing:
-                fix_end(run, (trained - first[0]) / (state.step - first[1]), time.monotonic() - now, budget)
+                fix_end(run, seconds_per_update, time.monotonic() - now, budget)
         if saving:
             run.save()
             paused += time.monotonic() - now
@@ -680,7 +682,7 @@ def show_progress(run: Run, bar: tqdm, loss: float, tokens_per_second: float, se
         bar.update(step - bar.n)
 
 
-def describe(run: Run) -> dict:
+def describe(run: Run) -> None:
     """Writes logs/run.json and prints what will run, on what, and why."""
     counts, device, info = run.model.parameter_counts(), run.device, run.dataset["train"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -198,9 +198,9 @@ def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp
 
 def test_an_earlier_download_serves_without_network(tmp_path):
     """The folder is laid out as `datasets` does after downloading roneneldan/TinyStories."""
-    prepare_cache = f"""
+    prepare_cache = """
 import datasets, pathlib, shutil
-rows = dict(text=[f"Story number {{i}}." for i in range(50)])
+rows = dict(text=[f"Story number {i}." for i in range(50)])
 datasets.Dataset.from_dict(rows).to_json("train.jsonl")
 datasets.Dataset.from_dict(dict(text=["A validation story."])).to_json("validation.jsonl")
 loaded = datasets.load_dataset("json", data_files=dict(train="train.jsonl", validation="validation.jsonl"))
