@@ -15,6 +15,7 @@ from config import ModelConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
+ATTENTION_BLOCK = 128  # queries at a time, on a CPU
 
 
 def rotary_table(head_dim: int, length: int) -> Tensor:
@@ -31,13 +32,65 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight in `dtype`, for x (..., C), weight (C) (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Keeps only x and 1 / rms(x) for the gradients, which on a CPU take a third of the time of F.rms_norm's (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale, weight = ctx.saved_tensors
+        normalised = x * scale
+        product = grad * normalised
+        along_x = normalised.mul_((product @ weight / x.shape[-1])[..., None])
+        grad_x = (grad * weight).sub_(along_x).mul_(scale)
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None, None
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm whose result has autocast's dtype, so that it is converted once and not by every product that reads it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         device = x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that on a CPU draws 16 random bits an element instead of a float: a third of the time, p to 1/65,536."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()].view(x.shape)
+        dropped = round(self.p * 2**16)
+        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns (B, H, T, D), the attention of T queries to as many keys and values, all (B, H, T, D), and no later ones.
+
+    On a CPU in bfloat16 the fused kernel takes twice the time of plain matrix products (torch 2.13). These go over the
+    queries in blocks, so that most of what is masked is never computed.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    (B, H, T, D), blocks = q.shape, []
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (BH, T, D)
+    bias = q.new_full((T, T), -math.inf).triu(1)
+    for start in range(0, T, ATTENTION_BLOCK):
+        end = min(T, start + ATTENTION_BLOCK)
+        scores = torch.baddbmm(bias[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D ** -0.5)
+        blocks.append(scores.softmax(-1) @ v[:, :end])
+    return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -62,7 +115,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, -x.shape[1]:], cache[1, :, :, -x.shape[1]:] = k, v
             k, v = cache
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)  # a single query sees all keys
+        if x.shape[1] == k.shape[2]:
+            y = causal_attention(q, k, v)
+        else:  # a single query, which sees all keys
+            y = F.scaled_dot_product_attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -86,7 +142,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.d_model, eps=NORM_EPS)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))
@@ -103,18 +159,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        w, loss = weight.to(x.dtype), torch.zeros((), device=x.device)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        vocab_size, loss = len(weight), torch.zeros((), device=x.device)
+        w = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64))  # kernels are fastest at a multiple of 64 rows
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(w, dtype=weight.dtype)
         chunk = max(1, LinearCrossEntropy.CHUNK.get(x.device.type, 2**26) // len(w))
         for i in range(0, len(x), chunk):
             rows = slice(i, i + chunk)
             target = targets[rows, None]
-            log_p = F.linear(x[rows], w).log_softmax(-1, dtype=torch.float32)  # (rows, V)
+            logits = F.linear(x[rows], w)  # (rows, V and padding)
+            logits[:, vocab_size:] = -math.inf
+            log_p = logits.log_softmax(-1, dtype=torch.float32)
             loss -= log_p.gather(1, target).sum()
             grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, device=x.device)).to(x.dtype)
             grad_x[rows] = grad_logits @ w
             grad_weight += grad_logits.mT @ x[rows]
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
         return loss / len(x)
 
     @staticmethod
@@ -131,7 +190,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model)  # its weight is the output matrix, too
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=NORM_EPS)
         self.register_buffer("rope", rotary_table(config.d_model // config.n_heads, config.max_seq_len), persistent=False)

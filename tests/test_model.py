@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import ModelConfig
-from model import LinearCrossEntropy, Transformer, candidates, sample
+from model import Dropout, LinearCrossEntropy, RMSNorm, Transformer, candidates, causal_attention, sample
 
 VOCAB = 97
 
@@ -76,6 +76,38 @@ def test_loss_in_bfloat16_is_close_and_not_rounded_to_bfloat16():
     assert loss.dtype == torch.float32 and abs(loss - model.loss(tokens, targets)) < 0.02
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rms_norm_and_its_gradients_are_those_of_pytorch(autocast):
+    norm, x = RMSNorm(16, eps=1e-6), torch.randn(3, 5, 16, requires_grad=True)
+    torch.nn.init.normal_(norm.weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = norm(x)
+    expected = F.rms_norm(x, (16,), norm.weight, 1e-6)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if autocast else {}
+    torch.testing.assert_close(y.float(), expected, **tolerance)
+    ours, theirs = (torch.autograd.grad((o * torch.arange(16)).sum(), (x, norm.weight)) for o in (y, expected))
+    torch.testing.assert_close(ours, theirs, **({"rtol": 0.02, "atol": 0.2} if autocast else {"rtol": 1e-4, "atol": 1e-4}))
+
+
+@pytest.mark.parametrize("length", [1, 128, 300])
+def test_attention_in_blocks_is_causal_attention(length):
+    q, k, v = torch.randn(3, 2, 4, length, 16).bfloat16().requires_grad_().unbind()
+    ours, theirs = causal_attention(q, k, v), F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.03)
+    for ours, theirs in zip(*(torch.autograd.grad((o * o.detach()).sum(), (q, k, v)) for o in (ours, theirs))):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    y = Dropout(p)(torch.ones(333, 1001))
+    assert abs((y == 0).float().mean() - p) < 0.005 and abs(y.mean() - 1) < 0.005
+    rows, columns = (y == 0).float().mean(1), (y == 0).float().mean(0)
+    assert rows.std() < 1.2 * math.sqrt(p * (1 - p) / 1001) and columns.std() < 1.2 * math.sqrt(p * (1 - p) / 333)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
