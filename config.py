@@ -14,7 +14,9 @@ import inspect
 import math
 import re
 import sys
+import typing
 from dataclasses import dataclass, field
+from types import NoneType
 
 
 class UserError(Exception):
@@ -79,6 +81,9 @@ PRESETS = {
     "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536, "training.learning_rate": 3e-3},
 }
 
+_SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+_TYPES = {f"{section}.{f.name}": typing.get_args(f.type) or (f.type,)  # (int, NoneType) where none is allowed
+          for section, cls in _SECTIONS.items() for f in dataclasses.fields(cls)}
 _CHOICES = {
     "training.tokenizer_type": ("gpt2", "char", "bpe"),
     "training.optimizer": ("muon", "adamw"),
@@ -103,12 +108,11 @@ class Config:
                 for section, values in dataclasses.asdict(self).items() for name, value in values.items()}
 
     def set(self, name: str, value) -> None:
-        """Sets "section.field" to `value`; a string is converted to the field's type. Raises UserError."""
-        field_type = _field_types().get(name)
-        if field_type is None:
-            raise UserError(f"there is no setting {name!r}{_suggest(name, _field_types())}")
+        """Sets "section.field" to `value`; a string is converted to the field's type. Raises UserError for an unknown name."""
+        if name not in _TYPES:
+            raise UserError(f"there is no setting {name!r}{_suggest(name, _TYPES)}")
         section, attribute = name.split(".")
-        setattr(getattr(self, section), attribute, _convert(name, value, field_type))
+        setattr(getattr(self, section), attribute, _convert(value, _TYPES[name]) if isinstance(value, str) else value)
 
     def apply_preset(self, name: str) -> None:
         """Applies a preset, which keeps its run in folders of its own. Raises UserError."""
@@ -123,12 +127,12 @@ class Config:
         """Raises one UserError that names every setting that is wrong, its value, and what is allowed."""
         problems = []
         for name, value in self.flat().items():
-            kind = _field_types()[name]
-            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            types = _TYPES[name]
             low, high = _RANGES.get(name, (1, math.inf))
-            if not _has_type(value, kind):
-                problems.append(f"{name} = {value!r} must be {_describe(kind)}")
-            elif numeric and not (low <= value <= high and math.isfinite(value)):
+            if not _has_type(value, types):
+                kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[types[0]]
+                problems.append(f"{name} = {value!r} must be {kind}{' or none' if NoneType in types else ''}")
+            elif types[0] in (int, float) and value is not None and not (low <= value <= high and value != math.inf):
                 allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 problems.append(f"{name} = {value!r} must be {allowed}")
             elif name in _CHOICES and value not in _CHOICES[name]:
@@ -145,60 +149,41 @@ class Config:
             raise UserError("; ".join(problems))
 
 
-def _field_types() -> dict:
-    """{"section.field": type} for every setting."""
-    return {f"{section.name}.{f.name}": f.type
-            for section in dataclasses.fields(Config) for f in dataclasses.fields(section.type)}
-
-
 def _suggest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _base_type(kind) -> type:
-    return next(t for t in getattr(kind, "__args__", (kind,)) if t is not type(None))
+def _has_type(value, types: tuple) -> bool:
+    if isinstance(value, bool):  # which Python takes for an int
+        return bool in types
+    return isinstance(value, types) or (float in types and isinstance(value, int))
 
 
-def _has_type(value, kind) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, kind) or (_base_type(kind) is float and isinstance(value, int))
-
-
-def _describe(kind) -> str:
-    name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[_base_type(kind)]
-    return name + (" or none" if _has_type(None, kind) else "")
-
-
-def _convert(name: str, value, kind):
-    """Turns command-line text into a value of the field's type."""
-    if not isinstance(value, str):
-        return value
-    base, text = _base_type(kind), value.strip().lower()
+def _convert(text: str, types: tuple):
+    """Returns command-line text as a value of one of the types, or as it is where that fails; `validate` reports it then."""
+    word = text.strip().lower()
+    if word == "none" and NoneType in types:
+        return None
+    if bool in types:
+        return {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}.get(word, text)
     try:
-        if text == "none" and _has_type(None, kind):
-            return None
-        if base is bool:
-            return {"true": True, "1": True, "yes": True, "on": True,
-                    "false": False, "0": False, "no": False, "off": False}[text]
-        if base is int and "e" in text and float(text).is_integer():  # 1e5
-            return int(float(text))
-        return base(value)
-    except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{name} = {value!r} must be {_describe(kind)}") from None
+        if int in types and "e" in word and float(word).is_integer():  # 1e5
+            return int(float(word))
+        return types[0](text)
+    except ValueError:
+        return text
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors; with `settings`, it reads --preset and section.field=value too."""
 
     def __init__(self, description: str, settings: bool = True):
-        epilog = None if not settings else "settings and their defaults:\n" + "".join(
-            f"\n{section}.\n" + "\n".join(inspect.getsource(cls).splitlines()[2:]) + "\n"
-            for section, cls in (("model", ModelConfig), ("data", DataConfig), ("training", TrainingConfig)))
-        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         if settings:
+            self.epilog = "settings and their defaults:\n" + "".join(
+                f"\n{section}.\n" + "\n".join(inspect.getsource(cls).splitlines()[2:]) + "\n"
+                for section, cls in _SECTIONS.items())
             self.add_argument("settings", nargs="*", metavar="section.field=value", help="change a setting, listed below")
             self.add_argument("--preset", metavar="NAME", help="start from a preset: " + ", ".join(PRESETS))
 

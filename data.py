@@ -5,13 +5,12 @@
 """
 
 import base64
-import collections
 import concurrent.futures
 import contextlib
 import copy
 import errno
+import functools
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -20,8 +19,6 @@ import re
 import shutil
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,13 +34,13 @@ from config import ArgumentParser, Config, UserError, config, run_main
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
-VOCABULARY_LIMIT = 2**16  # streams are uint16
+SPLITS = ("train", "validation")
 
 
 # ---------------------------------------------------------------- files
 
 @contextlib.contextmanager
-def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written: written, keep: Path | None = None):
+def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written: written + 1, keep: Path | None = None):
     """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it was.
 
     `needed_bytes(written)` estimates the whole size, for the message where the disk is full. The old file becomes
@@ -60,19 +57,19 @@ def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        raise write_error(path, error, temporary, needed_bytes) from error
+        needed = needed_bytes(temporary.stat().st_size if temporary.exists() else 0)
+        temporary.unlink(missing_ok=True)  # before the free space is measured
+        raise write_error(path, error, needed) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_error(path: Path, error: OSError, temporary: Path | None = None, needed_bytes=lambda written: written) -> UserError:
-    """The sentence for a file that could not be written: which, why, and how much space is missing."""
+def write_error(path: Path, error: OSError, needed: int = 1) -> UserError:
+    """The sentence for a file that could not be written: which, why, and how much space is missing, in bytes."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
-    written = temporary.stat().st_size if temporary and temporary.exists() else 0
-    needed, free = max(needed_bytes(written), written + 1), shutil.disk_usage(path.parent).free + written
     return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are needed and "
-                     f"{free / 1e6:.1f} MB are free; make space and run the same command again")
+                     f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free; make space and run the same command again")
 
 
 def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:
@@ -90,13 +87,13 @@ class CharTokenizer:
         self.unknown_id, self.eot_id = len(characters), len(characters) + 1
         self.vocab_size = len(characters) + 2
         self.name = "char"
-        self._ids = np.full(0x110000, self.unknown_id, dtype=np.uint32)
+        self._ids = np.full(0x110000, self.unknown_id, dtype=np.uint32)  # of every code point
         self._ids[self._code_points(characters)] = np.arange(len(characters))
 
     @classmethod
     def train(cls, stories: Iterable[str]) -> "CharTokenizer":
         """Returns the tokenizer of the characters in `stories`, in code-point order."""
-        return cls("".join(sorted(set().union(*map(set, stories)))))
+        return cls("".join(sorted(set(itertools.chain.from_iterable(stories)))))
 
     @staticmethod
     def _code_points(text: str) -> np.ndarray:
@@ -145,9 +142,10 @@ class BPETokenizer:
         """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network. Raises TokenizerUnavailable."""
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         cache, host = Path(os.environ["TIKTOKEN_CACHE_DIR"]), "https://openaipublic.blob.core.windows.net"
-        names = [hashlib.sha1(f"{host}/gpt-2/encodings/main/{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
+        urls = [f"{host}/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")]
+        cached = all((cache / hashlib.sha1(url.encode()).hexdigest()).exists() for url in urls)  # tiktoken's file names
         try:
-            if not all((cache / name).exists() for name in names) and not reachable(host):  # tiktoken has no timeout
+            if not cached and not reachable(host):  # tiktoken has no timeout
                 raise OSError(f"{host} cannot be reached")
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
@@ -164,10 +162,8 @@ class BPETokenizer:
         byte strings. Counts are kept per distinct word and changed only where a merge applies.
         """
         split = regex.compile(cls.PATTERN).findall
-        word_counts = Counter()
-        for story in stories:
-            word_counts.update(split(story))
-        words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in word_counts]
+        word_counts = Counter(itertools.chain.from_iterable(map(split, stories)))
+        words = [[bytes([b]) for b in word.encode()] for word in word_counts]
         counts = list(word_counts.values())
 
         pair_counts, words_with = Counter(), defaultdict(set)
@@ -175,45 +171,32 @@ class BPETokenizer:
             for pair in itertools.pairwise(word):
                 pair_counts[pair] += counts[i]
                 words_with[pair].add(i)
-        heap = [(-count, _Greatest(pair)) for pair, count in pair_counts.items()]
-        heapq.heapify(heap)
 
         tokens = {bytes([b]): None for b in range(256)}  # an ordered set
-        while len(tokens) < vocab_size - 1 and heap:
-            count, pair = heapq.heappop(heap)
-            if -count != pair_counts[pair]:
-                continue  # an outdated entry; the current one is elsewhere in the heap
-            tokens[pair[0] + pair[1]] = None
-            changed = set()
-            for i in words_with.pop(pair):
-                changed.update(old := list(itertools.pairwise(words[i])))
-                words[i] = _merge(words[i], pair)
-                changed.update(new := list(itertools.pairwise(words[i])))
-                for p in old:
-                    pair_counts[p] -= counts[i]
-                for p in new:
-                    pair_counts[p] += counts[i]
-                    words_with[p].add(i)
-            words_with.pop(pair, None)
-            for p in changed:
-                if pair_counts[p]:
-                    heapq.heappush(heap, (-pair_counts[p], _Greatest(p)))
-                else:
-                    del pair_counts[p]
+        while len(tokens) < vocab_size - 1 and pair_counts:
+            highest = max(pair_counts.values())
+            best = max(pair for pair, count in pair_counts.items() if count == highest)
+            tokens[best[0] + best[1]] = None
+            for i in words_with.pop(best):
+                for pair in itertools.pairwise(words[i]):
+                    pair_counts[pair] -= counts[i]
+                    if not pair_counts[pair]:
+                        del pair_counts[pair]
+                _merge(words[i], best)
+                for pair in itertools.pairwise(words[i]):
+                    pair_counts[pair] += counts[i]
+                    words_with[pair].add(i)
         return cls(list(tokens))
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
-        try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, as a cut emoji in a JSON file; `encode` replaces it
-            return np.array(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._encoding.decode([int(t) for t in tokens])
@@ -225,22 +208,13 @@ class BPETokenizer:
         return {"type": self.name, "tokens": " ".join(base64.b64encode(token).decode() for token in self.ranks)}
 
 
-class _Greatest(tuple):
-    """A pair that heapq, which pops the smallest, takes for smaller the greater it is."""
-    __slots__ = ()
-    __lt__ = tuple.__gt__
-
-
-def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(pair[0] + pair[1])
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
+def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
+    """Merges the pair in the word, from the left, wherever it occurs."""
+    i = 0
+    while i < len(word) - 1:
+        if (word[i], word[i + 1]) == pair:
+            word[i:i + 2] = [pair[0] + pair[1]]
+        i += 1
 
 
 def tokenizer_from_spec(spec: dict) -> CharTokenizer | BPETokenizer:
@@ -271,21 +245,18 @@ def _first_line(error: BaseException) -> str:
 
 def reachable(url: str, seconds: float = 6) -> bool:
     """Whether a server answers within `seconds`, whatever it answers; name resolution that hangs counts as no."""
-    answered = threading.Event()
+    import requests  # comes with datasets; imported only where it is used
+
+    answers = []
 
     def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass
-        except (OSError, ValueError):
-            return
-        answered.set()
+        with contextlib.suppress(OSError, ValueError):  # requests' exceptions are OSErrors; ValueError: no address at all
+            answers.append(requests.head(url, timeout=seconds))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return answered.is_set()
+    return len(answers) > 0
 
 
 def read_stories(path: Path) -> Iterator[str]:
@@ -323,21 +294,18 @@ def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[st
     path = locate(name)
     if path and path.is_file():
         return {"train": lambda: read_stories(path)}
-    return _open_with_datasets("roneneldan/TinyStories" if name == "tinystories" else name, path is not None, limited)
-
-
-def _open_with_datasets(name: str, local: bool, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
-    online = not local and os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE")
-    if online and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    name = "roneneldan/TinyStories" if name == "tinystories" else name
+    offline = path is None and (os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+                                or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")))
+    if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: an earlier download serves, at once
-        online = False
     import datasets  # takes a second: imported only where it is used
 
     try:
-        splits = datasets.load_dataset(name, streaming=local or (online and limited))
+        splits = datasets.load_dataset(name, streaming=path is not None or (limited and not offline))
         columns = next(iter(splits.values())).column_names
     except Exception as error:  # datasets raises many kinds
-        reason = "no answer from the Hub and no earlier download" if not (local or online) else _first_line(error)
+        reason = "no answer from the Hub and no earlier download" if offline else _first_line(error)
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
     if "train" not in splits or (columns is not None and "text" not in columns):
         raise UserError(f"the dataset {name!r} must have a split 'train' with a column 'text'; it has the splits "
@@ -350,8 +318,7 @@ def _open_with_datasets(name: str, local: bool, limited: bool) -> dict[str, Call
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetUnavailable(f"reading the dataset {name!r} failed: {_first_line(error)}") from error
 
-    validation = next((s for s in ("validation", "valid", "val") if s in splits), None)
-    return {"train": lambda: stories("train")} | ({"validation": lambda: stories(validation)} if validation else {})
+    return {split: functools.partial(stories, split) for split in SPLITS if split in splits}
 
 
 def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
@@ -360,24 +327,22 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
     Without a validation split, the last 5 % of the stories (at least one) are held out. A training story that is also
     a validation story, word for word, is left out.
     """
-    end_of_training = None
-    if "validation" in splits:
-        held_out = splits["validation"]
-    else:
+    n_training = None  # all
+    if "validation" not in splits:
         n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
-        end_of_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
-        held_out = lambda: itertools.islice(splits["train"](), end_of_training, None)
-
-    def digest(story: str) -> bytes:
-        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
+        n_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
 
     def validation() -> Iterator[str]:
-        return itertools.islice(held_out(), max_val_stories)
+        held_out = splits["validation"]() if n_training is None else itertools.islice(splits["train"](), n_training, None)
+        return itertools.islice(held_out, max_val_stories)
+
+    def digest(story: str) -> bytes:
+        return hashlib.blake2b(story.encode(), digest_size=16).digest()
 
     seen = {digest(story) for story in validation()}
 
     def training() -> Iterator[str]:
-        candidates = itertools.islice(splits["train"](), end_of_training)
+        candidates = itertools.islice(splits["train"](), n_training)
         return itertools.islice((story for story in candidates if digest(story) not in seen), max_stories)
 
     return training, validation
@@ -395,55 +360,54 @@ class Stream:
 def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object]) -> dict:
     """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as uint16 bytes.
 
-    Returns the counts and the hash of what was written. At most a few batches of stories are in memory.
+    Returns the counts and the hash of what was written. At most a thousand stories per core are in memory.
     """
-    def encode(batch: list[str]) -> tuple[np.ndarray, int]:
-        pieces = itertools.chain.from_iterable((tokenizer.encode_array(story), end) for story in batch)
-        return np.concatenate(list(pieces), dtype=np.uint16, casting="unsafe"), sum(len(s.encode("utf-8", "replace")) for s in batch)
+    end = np.array([tokenizer.eot_id])
 
+    def encode(batch: list[str]) -> tuple[np.ndarray, int]:
+        pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), end)]
+        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), sum(len(story.encode()) for story in batch)
+
+    stories, digest, n_threads = iter(stories), hashlib.sha256(), os.cpu_count() or 1
     n_stories = n_tokens = n_bytes = 0
-    end, digest, stories, pending = np.array([tokenizer.eot_id]), hashlib.sha256(), iter(stories), collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(n_threads := os.cpu_count() or 1) as pool:
-        while (batch := list(itertools.islice(stories, 256))) or pending:
-            if batch:
-                pending.append((len(batch), pool.submit(encode, batch)))
-            if len(pending) > 2 * n_threads or not batch:
-                size, future = pending.popleft()
-                tokens, size_in_bytes = future.result()
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+        while group := list(itertools.islice(stories, 1024 * n_threads)):
+            n_stories += len(group)
+            for tokens, size in pool.map(encode, [group[i:i + 64] for i in range(0, len(group), 64)]):
                 write(tokens.tobytes())
                 digest.update(tokens)
-                n_stories, n_tokens, n_bytes = n_stories + size, n_tokens + len(tokens), n_bytes + size_in_bytes
+                n_tokens += len(tokens)
+                n_bytes += size
     return {"stories": n_stories, "tokens": n_tokens, "bytes": n_bytes, "sha256": digest.hexdigest()}
 
 
-def _build(stem: Path, request: dict, max_stories, max_val_stories, data_dir: str) -> None:
-    """Writes the two streams and, last, the JSON that describes them."""
-    training, validation = hold_out(open_dataset(request["dataset"], limited=max_stories is not None), max_stories, max_val_stories)
+def _build(stem: Path, request: dict) -> tuple:
+    """Writes the two streams and, last, the JSON that describes them; returns what `_open` does."""
+    dataset, max_stories, max_val_stories = request["dataset"], request["max_stories"], request["max_val_stories"]
+    training, validation = hold_out(open_dataset(dataset, limited=max_stories is not None), max_stories, max_val_stories)
     if request["tokenizer_type"] == "gpt2":
-        tokenizer = BPETokenizer.gpt2(data_dir)
+        tokenizer = BPETokenizer.gpt2(stem.parent)
     else:
         stories = progress(training(), max_stories, "training the tokenizer", "stories")
         tokenizer = (CharTokenizer.train(stories) if request["tokenizer_type"] == "char"
                      else BPETokenizer.train(stories, request["bpe_vocab_size"]))
-    if tokenizer.vocab_size > VOCABULARY_LIMIT:
-        raise UserError(f"the {tokenizer.name} tokenizer would have {tokenizer.vocab_size:,} tokens and {VOCABULARY_LIMIT:,} "
-                        "are possible; use training.tokenizer_type=bpe")
-    spec = tokenizer.spec()
+    if tokenizer.vocab_size > 2**16:
+        raise UserError(f"the {tokenizer.name} tokenizer would have {tokenizer.vocab_size:,} tokens and a stream of uint16 "
+                        f"can have {2**16:,}; use training.tokenizer_type=bpe")
+    spec, streams = tokenizer.spec(), []
     description = {"request": request, "tokenizer": spec}
-    for split, stories, limit in (("train", training(), max_stories), ("validation", validation(), max_val_stories)):
-        bar = progress(stories, limit, f"tokenizing {split}", "stories")
-        with atomic_write(_stream_path(stem, split), lambda written: int(written * (limit or bar.n) / max(1, bar.n))) as file:
-            counts = encode_stories(bar, tokenizer, file.write)
-        if not counts["stories"]:
-            raise UserError(f"data.dataset = {request['dataset']!r} has no stories for the {split} split; it needs at least two "
-                            "different ones")
-        description[split] = {"dataset": request["dataset"], "split": split, **counts, "tokenizer": spec_hash(spec)}
+    for split, stories, limit in zip(SPLITS, (training(), validation()), (max_stories, max_val_stories)):
+        path = Path(f"{stem}-{split}.bin")
+        with atomic_write(path) as file:
+            counts = encode_stories(progress(stories, limit, f"tokenizing {split}", "stories"), tokenizer, file.write)
+            if not counts["stories"]:
+                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs at least two "
+                                "different ones")
+        description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": spec_hash(spec)}
+        streams.append(Stream(np.memmap(path, np.uint16, "c"), description[split]))
     with atomic_write(stem.with_suffix(".json")) as file:
         file.write(json.dumps(description | {"sha256": spec_hash(description)}, indent=1).encode())
-
-
-def _stream_path(stem: Path, split: str) -> Path:
-    return stem.with_name(f"{stem.name}-{split}.bin")
+    return tokenizer, *streams
 
 
 def _open(stem: Path, request: dict) -> tuple | None:
@@ -453,11 +417,12 @@ def _open(stem: Path, request: dict) -> tuple | None:
         if description.pop("sha256") != spec_hash(description) or description["request"] != request:
             return None
         streams = []
-        for split in ("train", "validation"):
-            with open(_stream_path(stem, split), "rb") as file:
+        for split in SPLITS:
+            path = Path(f"{stem}-{split}.bin")
+            with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != description[split]["sha256"]:
                     return None
-            streams.append(Stream(np.memmap(_stream_path(stem, split), np.uint16, "c"), description[split]))
+            streams.append(Stream(np.memmap(path, np.uint16, "c"), description[split]))
         return tokenizer_from_spec(description["tokenizer"]), *streams
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -469,7 +434,8 @@ def _fingerprint(dataset: str) -> str | None:
     if path is None:
         return None
     if path.is_dir():
-        files = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file())
+        files = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns)
+                       for p in path.rglob("*") if p.is_file())
         return hashlib.sha256(repr(files).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -513,15 +479,10 @@ def _prepare(config: Config) -> tuple:
     stem = Path(data.data_dir, f"{re.sub(r'[^A-Za-z0-9]+', '-', data.dataset).strip('-')}-{kind}")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(Path(data.data_dir, ".lock")):  # several processes may prepare the same streams
-            if (prepared := _open(stem, request)) is None:
-                _build(stem, request, data.max_stories, data.max_val_stories, data.data_dir)
-                prepared = _open(stem, request)
+        with filelock.FileLock(stem.with_name(".lock")):  # several processes may prepare the same streams
+            return _open(stem, request) or _build(stem, request)
     except OSError as error:
         raise write_error(stem.parent, error) from error
-    if prepared is None:
-        raise UserError(f"{stem}.json changed while it was read; run the same command again")
-    return prepared
 
 
 # ---------------------------------------------------------------- batches

@@ -1,9 +1,5 @@
 """Evaluates a checkpoint: its loss, its stories beside real ones, understanding probes, plots; and tells stories.
 
-    from eval import load_model
-    model, tokenizer, checkpoint = load_model("checkpoints/best_model.pt")
-    logits = model(torch.tensor([tokenizer.encode("Once upon a time")]))  # (1, T, V)
-
 Evaluation is in float32 whatever precision training used, so that its numbers depend on neither batch size nor device.
 """
 
@@ -26,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import ArgumentParser, Config, ModelConfig, UserError, run_main
+from config import ArgumentParser, Config, ModelConfig, TrainingConfig, UserError, run_main
 from data import Stream, atomic_write, encode_stories, open_dataset, prepare, progress, tokenizer_from_spec
 from model import Transformer
 from train import choose_device, evaluate, load_checkpoint, story_windows
@@ -201,10 +197,14 @@ def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n))))
 
 
+def all_ngrams(stories: list[Continuation], n: int) -> list[tuple[str, ...]]:
+    return [gram for story in stories for gram in ngrams(story.words, n)]
+
+
 def opening(story: str) -> str:
     """Returns the first words of a story, eight, or half of a shorter story; punctuation and spaces as they are."""
-    ends = [0, *(word.end() for word in re.finditer(r"\S+", story))]
-    return story[:ends[min(OPENING_WORDS, (len(ends) - 1) // 2)]]
+    n_words = min(OPENING_WORDS, len(story.split()) // 2)
+    return re.match(rf"(\s*\S+){{{n_words}}}", story)[0]
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -216,11 +216,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return _share(sum(known), len(known))
 
 
-def rouge_2(a: Counter, b: Counter) -> float | None:
-    """Returns the F1 of ROUGE-2 (Lin 2004): the 2-grams that two stories share over their mean number of 2-grams."""
-    return _share(2 * (a & b).total(), a.total() + b.total())
-
-
 def quality_figures(stories: list[Continuation]) -> dict[str, float | None]:
     """Returns figures of a set of stories, None where undefined. n-grams are of words, within a story.
 
@@ -228,18 +223,20 @@ def quality_figures(stories: list[Continuation]) -> dict[str, float | None]:
     distinct_n: distinct n-grams over all n-grams of the set (Li et al. 2016, arXiv:1510.03055); falls with the set's size.
     repeated_4grams: share of a story's 4-grams that it has used before, mean over stories (seq-rep-4, Welleck et al. 2019,
         arXiv:1908.04319).
-    self_similarity: ROUGE-2 of a story with the story of the set most similar to it, mean over stories (as the TinyStories
-        paper measures diversity, Eldan & Li 2023, arXiv:2305.07759).
+    self_similarity: ROUGE-2 F1 (Lin 2004: the 2-grams that two stories share over their mean number of 2-grams) of a story
+        with the story of the set most similar to it, mean over stories (as the TinyStories paper measures diversity, Eldan
+        & Li 2023, arXiv:2305.07759).
     """
     figures = {"ended": _mean(story.ended for story in stories), "tokens": _mean(story.tokens for story in stories),
                "words": _mean(len(story.words) for story in stories)}
     for n in (1, 2, 3):
-        grams = [gram for story in stories for gram in ngrams(story.words, n)]
+        grams = all_ngrams(stories, n)
         figures[f"distinct_{n}"] = _share(len(set(grams)), len(grams))
     four_grams = [ngrams(story.words, 4) for story in stories]
     figures["repeated_4grams"] = _mean(_share(len(grams) - len(set(grams)), len(grams)) for grams in four_grams)
     bigrams = [Counter(ngrams(story.words, 2)) for story in stories]
-    figures["self_similarity"] = _mean(max((rouge_2(a, b) or 0.0 for b in bigrams if b is not a), default=None) for a in bigrams)
+    similarities = [[2 * (a & b).total() / max(1, a.total() + b.total()) for b in bigrams if b is not a] for a in bigrams]
+    figures["self_similarity"] = _mean(max(row, default=None) for row in similarities)
     return figures
 
 
@@ -250,9 +247,6 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
     story of the set shares with a training story (n-gram overlap as a sign of memorisation: Eldan & Li 2023).
     unseen_words: share of the set's words that no training story has: misspellings, inventions.
     """
-    def all_ngrams(group: list[Continuation], n: int) -> list[tuple[str, ...]]:
-        return [gram for story in group for gram in ngrams(story.words, n)]
-
     words, four_grams = ({gram for group in groups for gram in all_ngrams(group, n)} for n in (1, 4))
     seen_words, seen_four_grams = set(), set()
     longest, longer = [0] * len(groups), [set(all_ngrams(group, 1)) for group in groups]  # longer: one word more
@@ -276,15 +270,16 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
     With fewer than 50 validation stories, every opening is used in several rounds and the model's figures are the means
     over the rounds, so that both columns describe sets of the same size. Without training stories, copies are unknown.
     """
-    eot_id, generator = tokenizer.eot_id, torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    eot_id, generator = tokenizer.eot_id, seeded_generator(model, seed)
     texts = list(itertools.islice(story_texts(validation.tokens, tokenizer), MOST_STORIES))
     prompts = [[eot_id, *tokenizer.encode(opening(text))] for text in texts]
     limit = min(sampling["max_new_tokens"], max(1, model.config.max_seq_len - max(map(len, prompts))))
+    sampling = {**sampling, "max_new_tokens": limit}
     rounds = math.ceil(FEWEST_STORIES / len(texts))
     groups = [[[*tokenizer.encode(text)[len(prompt) - 1:], eot_id][:limit] for text, prompt in zip(texts, prompts)]]
     with progress(None, rounds * len(texts) * limit, "generating, at most", "tokens") as bar:
         for _ in range(rounds):
-            rows = model.generate(prompts, **{**sampling, "max_new_tokens": limit}, eot_id=eot_id, generator=generator,
+            rows = model.generate(prompts, **sampling, eot_id=eot_id, generator=generator,
                                   stream=lambda row, token: bar.update())
             groups.append([row[len(prompt):] for row, prompt in zip(rows, prompts)])
 
@@ -295,13 +290,13 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
 
     groups = [[continuation(tokens) for tokens in group] for group in groups]
     figures = [quality_figures(group) for group in groups]
-    copies = [dict.fromkeys(("copied_4grams", "longest_copy", "unseen_words"))] * len(groups)
     if training:
         stories = progress(story_texts(training.tokens, tokenizer), training.info["stories"], "looking for copies", "stories")
-        copies = copy_figures(groups, stories)
-    human, *model_rounds = [quality | copied for quality, copied in zip(figures, copies)]
-    return {"model": {name: _mean(figures[name] for figures in model_rounds) for name in human}, "human": human,
-            "stories": rounds * len(texts), "openings": len(texts), **sampling, "max_new_tokens": limit, "seed": seed}
+        figures = [quality | copies for quality, copies in zip(figures, copy_figures(groups, stories))]
+    human, *generated = figures
+    return {"model": {name: _mean(group.get(name) for group in generated) for name in QUALITY},
+            "human": {name: human.get(name) for name in QUALITY},
+            "stories": rounds * len(texts), "openings": len(texts), **sampling, "seed": seed}
 
 
 def quality_table(quality: dict) -> str:
@@ -324,16 +319,13 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
     """
     texts = [(item["prompt"], ending)
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
-    rows = [(tokenizer.encode(prompt), tokenizer.encode(ending)) for prompt, ending in texts]
-    tokens = np.array([token for prompt, ending in rows for token in (*prompt, *ending, tokenizer.eot_id)])
-    losses, _ = evaluate(model, tokens, tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
+    rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id] for prompt, ending in texts]
+    losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
                          lambda batches: progress(batches, len(batches), "probes", "batches"))
-    end, scores = 0, []
-    for (prompt, ending), (_, text) in zip(rows, texts):
-        start, end = end + len(prompt), end + len(prompt) + len(ending)
-        scores.append(-losses[start:end].sum(dtype=np.float64) / len(text.encode()))
-        end += 1  # end-of-text
-    figures, scores = {}, iter(scores)
+    losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
+    scores = (-row[len(tokenizer.encode(prompt)):-1].sum(dtype=np.float64) / len(ending.encode())
+              for row, (prompt, ending) in zip(losses, texts))
+    figures = {}
     for group, items in groups.items():
         failed = []
         for item in items:
@@ -361,9 +353,9 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
         warn(f"{error}; copies of training stories cannot be counted")
     if options.data:
         stream = read_stream(options.data, tokenizer)
-    results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"], "dataset": stream.info["dataset"],
-               "split": stream.info["split"], "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-               **{key: stream.info[key] for key in ("stories", "tokens", "bytes")}, **loss_figures(model, tokenizer, stream)}
+    results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"],
+               **{key: stream.info[key] for key in ("dataset", "split", "stories", "tokens", "bytes")},
+               "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, **loss_figures(model, tokenizer, stream)}
     say(loss_table(results))
     groups = json.loads(PROBES.read_text())
     groups.pop("about")
@@ -401,25 +393,6 @@ def sampling_of(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
 
 
-class StreamDecoder:
-    """Turns tokens into text as they come: `decoder(token)` is the text that became complete, "" inside a character.
-
-    A character of several bytes may span tokens; until its last byte is there, decoding ends in U+FFFD and is held back.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.held = tokenizer, []
-
-    def __call__(self, token: int) -> str:
-        self.held.append(token)
-        return "" if self.tokenizer.decode(self.held).endswith("\ufffd") else self.rest()
-
-    def rest(self) -> str:
-        """Returns what is held back."""
-        text, self.held = self.tokenizer.decode(self.held), []
-        return text
-
-
 def warn_of_unknown(tokenizer, text: str) -> None:
     if unknown := tokenizer.unknown(text):
         warn(f"the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: the model sees an unknown character")
@@ -434,7 +407,7 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
         batch = prompts[first:first + BATCH_SIZE]
         texts = [f"--- {first + i} of {len(prompts)} ---\n{prompt}" if len(prompts) > 1 else prompt
                  for i, prompt in enumerate(batch, 1)]
-        decoders, left = [StreamDecoder(tokenizer) for _ in batch], [sampling["max_new_tokens"]] * len(batch)
+        held, left = [[] for _ in batch], [sampling["max_new_tokens"]] * len(batch)
 
         def show():  # the rows before the first unfinished one have been printed
             for row in range(len(batch)):
@@ -446,9 +419,13 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
         def receive(row: int, token: int):
             left[row] = 0 if token == tokenizer.eot_id else left[row] - 1
             if token != tokenizer.eot_id:
-                texts[row] += decoders[row](token)
+                held[row].append(token)
+            text = tokenizer.decode(held[row])
             if not left[row]:
-                texts[row] += decoders[row].rest() + "\n"
+                text += "\n"
+            if not text.endswith("\ufffd"):  # a character of several bytes may span tokens: it is held until it is whole
+                texts[row] += text
+                held[row] = []
             show()
 
         show()
@@ -470,7 +447,7 @@ INTERACTIVE_HELP = """Type the beginning of a story and press Enter; nothing for
   /top_p 0.9          choose among the likeliest tokens that have 90 % of the probability (none: all)
   /max_new_tokens 200
   /seed 1             make what follows reproducible
-  /settings  /help    show them, show this
+  /help               show this and the settings
 Ctrl-C ends a story, Ctrl-D leaves."""
 
 
@@ -487,16 +464,12 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
             command, _, value = line.removeprefix("/").partition(" ")
             if not line.startswith("/"):
                 tell_stories(model, tokenizer, [line] * options.num_samples, sampling_of(options), generator)
-            elif command == "help":
-                print(INTERACTIVE_HELP)
-            elif command == "settings":
-                print(", ".join(f"{name} {value}" for name, value in sampling_of(options).items()))
             elif command in SAMPLING:
                 setattr(options, command, sampling_value(command, value.strip()))
                 if command == "seed":
                     generator.manual_seed(options.seed)
             else:
-                print(f"there is no command /{command}; /help lists them")
+                print(INTERACTIVE_HELP, ", ".join(f"{name} {value}" for name, value in sampling_of(options).items()), sep="\n")
         except UserError as error:
             print(str(error).replace("--", "/", 1))
         except KeyboardInterrupt:
@@ -521,13 +494,15 @@ def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, flo
     """Returns the pieces of a text and their losses in nats; a piece is a token, or several that share a character."""
     tokens = np.array(tokenizer.encode(text))
     losses, _ = evaluate(model, tokens, tokenizer.eot_id, 1, contextlib.nullcontext)
-    decoder, pieces, held_loss = StreamDecoder(tokenizer), [], 0.0
-    for token, loss in zip(tokens, losses.tolist()):
+    pieces, held, held_loss = [], [], 0.0
+    for i, loss in enumerate(losses.tolist()):
+        held.append(tokens[i])
         held_loss += loss
-        if piece := decoder(token):
+        piece = tokenizer.decode(held)
+        if not piece.endswith("\ufffd") or i == len(tokens) - 1:
             pieces.append((piece, held_loss))
-            held_loss = 0.0
-    return pieces + ([(decoder.rest(), held_loss)] if decoder.held else [])
+            held, held_loss = [], 0.0
+    return pieces
 
 
 def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:
@@ -536,12 +511,12 @@ def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:
         print("\n".join(f"{loss:7.2f}  {piece!r}" for piece, loss in pieces))
         return
 
-    def paint(text: str, level: int) -> str:
-        return f"\x1b[48;5;{list(LOSS_COLOURS)[level]};38;5;16m{text}\x1b[0m"
+    def paint(text: str, loss: float) -> str:
+        start = f"\x1b[48;5;{list(LOSS_COLOURS)[loss_level(loss)]};38;5;16m"
+        return re.sub("[^\n]+", f"{start}\\g<0>\x1b[0m", text.replace("\n", "↵\n"))  # no colour runs on past its line
 
     legend = "".join(paint(f" {level} ", level) for level in range(len(LOSS_COLOURS)))
-    print("".join("\n".join(paint(part, loss_level(loss)) if part else "" for part in piece.replace("\n", "↵\n").split("\n"))
-                  for piece, loss in pieces) + f"\n\n{legend}+ nats")
+    print("".join(paint(*piece) for piece in pieces) + f"\n\n{legend}+ nats")
 
 
 def save_figure(figure, path: Path) -> None:
@@ -551,27 +526,29 @@ def save_figure(figure, path: Path) -> None:
 
 def draw_losses(pieces: list[tuple[str, float]], path: Path, columns: int = 80) -> None:
     """Writes the pieces on a background coloured by their loss as a PNG."""
-    from matplotlib.figure import Figure  # takes a second: imported only where it is used
+    from matplotlib.colors import ListedColormap  # matplotlib takes a second: imported only where it is used
+    from matplotlib.figure import Figure
 
-    cells, row, column = [], 0, 0
+    cells, row, column = [], 0, 0  # a cell for each character
     for piece, loss in pieces:
-        for part in re.findall(rf"\n|[^\n]{{1,{columns}}}", piece):
-            if part == "\n" and column == columns or part != "\n" and column + len(part) > columns:
-                row, column = row + 1, 0
-            cells.append((row, column, "↵" if part == "\n" else part, loss))
-            row, column = (row + 1, 0) if part == "\n" else (row, column + len(part))
-    cells += [(row + 2, 4 * level, f" {level}{'+' if level == len(LOSS_COLOURS) - 1 else ' '} ", level)
-              for level in range(len(LOSS_COLOURS))] + [(row + 2, 4 * len(LOSS_COLOURS) + 1, "nats per token", 0)]
-    width, height, margin = columns / 8, (row + 3) * 0.26, 0.2  # inches; a character is 1/8 inch wide
-    figure = Figure(figsize=(width + 2 * margin, height + 2 * margin))
-    axes = figure.add_axes((margin / figure.get_figwidth(), margin / figure.get_figheight(),
-                            width / figure.get_figwidth(), height / figure.get_figheight()))
-    axes.set(xlim=(0, columns), ylim=(row + 3, 0))
+        if column and column + len(piece) > columns:
+            row, column = row + 1, 0
+        for character in piece:
+            cells.append((row, column, character.replace("\n", "↵"), loss_level(loss)))
+            row, column = (row + 1, 0) if character == "\n" or column == columns - 1 else (row, column + 1)
+    legend = [(f" {level} ", level) for level in range(len(LOSS_COLOURS))] + [("+ nats per token", 0)]
+    legend = [(character, level) for label, level in legend for character in label]
+    cells += [(row + 2, column, *cell) for column, cell in enumerate(legend)]
+
+    figure = Figure(figsize=((columns + 2) / 8, (row + 4) * 0.26))  # inches
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, columns + 1), ylim=(row + 3.5, -0.5))
     axes.axis("off")
-    for y, x, text, loss in cells:
-        axes.barh(y + 0.5, len(text), 0.92, left=x, color=list(LOSS_COLOURS.values())[loss_level(loss)])
-        axes.text(x, y + 0.5, text, va="center_baseline", parse_math=False,
-                  family="DejaVu Sans Mono", size=72 / 8 / 0.602)  # this font's characters are 0.602 em wide
+    levels = np.zeros((row + 3, columns))  # level 0 is white
+    for y, x, character, level in cells:
+        levels[y, x] = level
+        axes.text(x + 0.5, y + 0.5, character, ha="center", va="center_baseline", parse_math=False,
+                  family="DejaVu Sans Mono", size=15)
+    axes.pcolormesh(levels, cmap=ListedColormap(list(LOSS_COLOURS.values())), vmin=0, vmax=len(LOSS_COLOURS))
     save_figure(figure, path)
 
 
@@ -585,7 +562,7 @@ def run_inspection(model: Transformer, tokenizer, checkpoint: dict, options: arg
     total, n_tokens = sum(loss for _, loss in pieces), len(tokenizer.encode(options.inspect))
     print(f"\n{n_tokens:,} tokens of the {tokenizer.name} tokenizer, {checkpoint['dataset']['train']['dataset']} model: loss "
           f"{total / n_tokens:.3f} nats per token, perplexity {math.exp(min(700, total / n_tokens)):.2f}, "
-          f"{total / math.log(2) / len(options.inspect.encode()):.3f} bits per byte")
+          f"{total / math.log(2) / len(options.inspect.encode('utf-8', 'replace')):.3f} bits per byte")
     if options.png:
         draw_losses(pieces, Path(options.png))
         print(options.png)
@@ -593,8 +570,8 @@ def run_inspection(model: Transformer, tokenizer, checkpoint: dict, options: arg
 
 # ---------------------------------------------------------------- training curves
 
-PANELS = {"val_bits_per_byte": "bits per byte (log scale)", "lr": "learning rate", "grad_norm": "gradient norm",
-          "tokens_per_second": "tokens per second"}
+PANELS = {"val_loss": "loss (nats per token, log scale)", "val_bits_per_byte": "bits per byte (log scale)",
+          "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 
 
 def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
@@ -608,12 +585,11 @@ def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {path}: {error.strerror}; train first, or name a folder of logs: --plot LOGDIR") from None
     for line in lines:
         with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int):
+            if isinstance(row := json.loads(line), dict):
                 rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no metrics yet: they come with the first evaluation of a run")
-    return {name: np.array([value if isinstance(value := row.get(name), (int, float)) else math.nan for row in rows])
-            for name in ("step", "train_loss", "val_loss", *PANELS)}
+    return {name: np.array([row.get(name) for row in rows], float) for name in ("step", "train_loss", *PANELS)}
 
 
 def describe_run(log_dir: Path) -> str:
@@ -626,47 +602,48 @@ def describe_run(log_dir: Path) -> str:
         return str(log_dir)
 
 
+def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
+    """Draws a run's metrics into {metric: axes}; a star marks the evaluation with the lowest validation loss."""
+    run, label = read_metrics(log_dir), describe_run(log_dir)
+    steps, losses = run["step"], run["val_loss"]
+    style = {"color": colour, "marker": "." if len(steps) < 20 else ""}
+    if not np.isnan(losses).all():
+        best = np.nanargmin(losses)
+        panels["val_loss"].plot(steps[best], losses[best], "*", color=colour, markersize=15, markeredgecolor="white", zorder=3)
+        label += f"\nbest {losses[best]:.4f} at update {steps[best]:,.0f}"
+    panels["val_loss"].plot(steps, run["train_loss"], "--", alpha=0.6, **style)
+    for name, axes in panels.items():
+        axes.plot(steps, run[name], label=label, **style)
+
+
 def plot_training(log_dirs: list[Path]) -> Path:
     """Draws the training curves of one run or several over each other; returns the PNG, in the first one's folder."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
-    runs = [read_metrics(log_dir) for log_dir in log_dirs]
     figure = Figure(figsize=(12, 5.4), layout="constrained")
-    axes = figure.subplot_mosaic([["loss", "loss", "val_bits_per_byte", "lr"],
-                                  ["loss", "loss", "grad_norm", "tokens_per_second"]])
-    for i, (log_dir, run) in enumerate(zip(log_dirs, runs)):
-        style = {"color": f"C{i}", "linewidth": 1.8, "marker": "." if len(run["step"]) < 20 else ""}
-        label = describe_run(log_dir)
-        axes["loss"].plot(run["step"], run["train_loss"], **style | {"linewidth": 1.2, "linestyle": "--", "alpha": 0.6})
-        axes["loss"].plot(run["step"], run["val_loss"], **style)
-        if not np.isnan(run["val_loss"]).all():
-            best = np.nanargmin(run["val_loss"])
-            x, y = run["step"][best], run["val_loss"][best]
-            axes["loss"].plot(x, y, "*", color=f"C{i}", markersize=15, markeredgecolor="white", zorder=3)
-            label += f"\nbest {y:.4f} at update {x:,.0f}"
-        axes["loss"].plot([], [], color=f"C{i}", linewidth=1.8, label=label)
-        for name in PANELS:
-            axes[name].plot(run["step"], run[name], **style)
-    for name, title in {"loss": "loss (nats per token, log scale)", **PANELS}.items():
-        axes[name].set_title(title, loc="left", fontsize=11)
-        axes[name].grid(alpha=0.25)
-        axes[name].spines[["top", "right"]].set_visible(False)
-        axes[name].xaxis.set_major_locator(MaxNLocator(5 if name == "loss" else 4, integer=True, steps=[1, 2, 5, 10]))
-        axes[name].xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes[name].set(xlabel="update", xlim=(0, 1.03 * max(1, *(run["step"].max() for run in runs))))
-        top = axes[name].dataLim.y1  # not positive where every value is missing
-        if name in ("loss", "val_bits_per_byte") and top > 0:  # else the first updates leave no room for all others
-            axes[name].set_yscale("log")
-            axes[name].yaxis.set(major_locator=LogLocator(subs=(1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8)),
-                                 major_formatter=StrMethodFormatter("{x:g}"), minor_locator=NullLocator())
-        if name in ("lr", "tokens_per_second") and top > 0:
-            axes[name].set_ylim(0, 1.08 * top)
-    axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
-    handles, _ = axes["loss"].get_legend_handles_labels()
-    axes["loss"].legend(handles=[*handles, Line2D([], [], color="grey", label="validation"),
-                                 Line2D([], [], color="grey", linestyle="--", label="training")], frameon=False, fontsize=9)
+    panels = figure.subplot_mosaic([["val_loss", "val_loss", "val_bits_per_byte", "lr"],
+                                    ["val_loss", "val_loss", "grad_norm", "tokens_per_second"]])
+    for i, log_dir in enumerate(log_dirs):
+        draw_run(panels, log_dir, f"C{i}")
+    for name, axes in panels.items():
+        axes.set_title(PANELS[name], loc="left", fontsize=11)
+        axes.set(xlabel="update", xlim=(0, None))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.locator_params(axis="x", nbins=4, integer=True)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not where every value is missing
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    panels["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
+    panels["val_loss"].plot([], [], color="grey", label="validation")
+    panels["val_loss"].plot([], [], "--", color="grey", label="training")
+    panels["val_loss"].legend(frameon=False, fontsize=9)
     path = log_dirs[0] / "training_curves.png"
     save_figure(figure, path)
     return path
@@ -689,21 +666,16 @@ stories, understanding probes, and generated stories beside real ones. Results g
 error."""
 
 
-def valid_text(argument: str) -> str:
-    """Returns an argument with what is not UTF-8 in it replaced."""
-    return argument.encode("utf-8", "replace").decode()
-
-
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(DESCRIPTION, settings=False)
     parser.add_argument("--checkpoint", metavar="FILE", help="default: checkpoints/best_model.pt")
     parser.add_argument("--data", metavar="NAME", help="evaluate on a .txt file or any dataset that train.py takes; default: the "
                         "checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--json", action="store_true", help="print the evaluation as one JSON object")
-    modes.add_argument("--generate", nargs="+", type=valid_text, metavar="OPENING", help='tell stories; "" is allowed')
+    modes.add_argument("--generate", nargs="+", metavar="OPENING", help='tell stories; "" is allowed')
     modes.add_argument("--interactive", action="store_true", help="tell stories as you type openings")
-    modes.add_argument("--inspect", type=valid_text, metavar="TEXT", help="print the text, each token coloured by its loss")
+    modes.add_argument("--inspect", metavar="TEXT", help="print the text, each token coloured by its loss")
     modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or several into the "
                        "first folder; default: the logs of --checkpoint, or logs/")
     parser.add_argument("--png", metavar="FILE", help="with --inspect: draw it, too")
@@ -712,7 +684,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar="N", default=default,
                             type=functools.partial(sampling_value, name), help=f"{description}; default: {shown}")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps; default: auto")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     story_mode = options.generate or options.interactive or options.inspect is not None or options.plot is not None
     if options.data and story_mode:
         raise UserError("--data is for an evaluation: leave --generate, --interactive, --inspect and --plot out, or --data")
@@ -722,7 +694,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse_options(None)
+    options = parse_options()
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a story
     if options.plot is not None:
         saved = load_checkpoint(Path(options.checkpoint)) if options.checkpoint and not options.plot else None
@@ -731,9 +703,7 @@ def main() -> None:
         return
     options.checkpoint = options.checkpoint or "checkpoints/best_model.pt"
     with naming("--device", "training.device"):
-        settings = Config()
-        settings.set("training.device", options.device)
-        settings.validate()
+        Config(training=TrainingConfig(device=options.device)).validate()
         model, tokenizer, checkpoint = load_model(options.checkpoint, options.device)
     if options.generate:
         prompts = [prompt for prompt in options.generate for _ in range(options.num_samples)]

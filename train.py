@@ -7,7 +7,6 @@
 import contextlib
 import copy
 import dataclasses
-import datetime
 import hashlib
 import importlib.util
 import io
@@ -22,6 +21,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import filelock
@@ -36,6 +36,8 @@ from data import Batches, atomic_write, prepare, write_error
 from model import Transformer
 
 CHECKPOINT_FORMAT = 1
+FIXED_SETTINGS = ("model.", "data.dataset", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
+                  "training.batch_size", "training.seed", "training.optimizer")  # another value makes it another run
 FELL_BACK = "WARNING: this run is on the bundled sample stories, not on TinyStories, which could not be reached when it began"
 
 
@@ -114,7 +116,7 @@ def learning_rate(step: int, peak: float, warmup_steps: int, decay_start: float,
     return peak * min(1.0, warmup, decay)
 
 
-# ---------------------------------------------------------------- device and precision
+# ---------------------------------------------------------------- device, precision, processes
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """Returns bfloat16 where the device multiplies it faster than float32, else float16 on CUDA, else float32."""
@@ -127,33 +129,45 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Returns the torch device of `training.device`. Raises UserError where this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"training.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                            "use training.device=auto or cpu")
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("training.device = 'mps': this machine has no Apple GPU; use training.device=auto or cpu")
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device = torch.device(next(kind for kind, count in counts.items() if count) if name == "auto" else name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    count = counts.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise UserError(f"training.device = {name!r}: this machine has {count} {device.type.upper()} devices; "
+                        "use training.device=auto or cpu")
     return device
 
 
 def choose_precision(device: torch.device, use_amp: bool) -> tuple[torch.dtype, str]:
     """Returns the dtype of matrix products and the reason for it."""
-    if not use_amp:
-        return torch.float32, "training.use_amp is false"
-    dtype = matmul_dtype(device)
-    reason = {torch.bfloat16: f"this {device.type.upper()} multiplies it natively", torch.float32: "bfloat16 is slow on this device",
-              torch.float16: "this GPU has no bfloat16; losses are scaled"}[dtype]
-    return dtype, reason
+    dtype = matmul_dtype(device) if use_amp else torch.float32
+    reasons = {torch.bfloat16: f"this {device.type.upper()} multiplies it natively",
+               torch.float16: "this GPU has no bfloat16; losses are scaled",
+               torch.float32: "bfloat16 is slow on this device" if use_amp else "training.use_amp is false"}
+    return dtype, reasons[dtype]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Returns the context in which matrix products run in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def over_processes(*values: float) -> Tensor:
+    """Returns the values of every process, (processes, values) float64 on the CPU; the first process's come first."""
+    box = torch.tensor([values], dtype=torch.float64)
+    if not dist.is_initialized():
+        return box
+    boxes = [torch.empty_like(box) for _ in range(dist.get_world_size())]
+    dist.all_gather(boxes, box)
+    return torch.cat(boxes)
+
+
+def log(message: str) -> None:
+    """Prints a line of progress, above the progress bar; the first process only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -171,6 +185,10 @@ class State:
     elapsed_seconds: float = 0.0
     metrics_bytes: int = 0  # length of metrics.jsonl
 
+    @property
+    def train_loss(self) -> float:
+        return self.train_loss_sum / self.train_loss_count
+
 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
     """Writes a checkpoint atomically; `keep` becomes the one before. Raises UserError where the disk is full.
@@ -186,9 +204,8 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> N
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Returns the checkpoint at `path`, its tensors on `device`. Raises UserError where it is missing, damaged, of
-    another format or not a checkpoint. Code in the file does not run, and a single changed bit is noticed: without the
-    SHA-256, torch.load returns wrong weights for most of them.
+    """Returns the checkpoint at `path`, its tensors on `device`. Code in the file does not run. Raises UserError where it is
+    missing, of another format, or a single bit has changed: from most such files torch.load returns wrong weights.
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}")
@@ -201,9 +218,6 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
                 raise ValueError("it is smaller than its contents")
         checkpoint = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
         version = checkpoint["format"]
-        missing = {"step", "config", "tokenizer", "dataset", "model"} - checkpoint.keys()
-        if version == CHECKPOINT_FORMAT and missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # whatever zipfile and torch make of a damaged or crafted file
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({detail})") from error
@@ -212,12 +226,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     return checkpoint
 
 
-def find_checkpoint(directory: Path) -> tuple[dict, Path] | None:
-    """Returns the checkpoint to go on from and its path: latest.pt, or previous.pt with a warning; None for a new run."""
+def find_checkpoint(directory: Path) -> tuple[dict | None, Path | None]:
+    """Returns the checkpoint to go on from, which is latest.pt, or previous.pt with a warning, and its path; or None, None."""
     problems = []
-    for path in (directory / "latest.pt", directory / "previous.pt"):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (directory / "latest.pt", directory / "previous.pt")):
         try:
             checkpoint = load_checkpoint(path)
             if "optimizer" not in checkpoint:
@@ -226,67 +238,56 @@ def find_checkpoint(directory: Path) -> tuple[dict, Path] | None:
             problems.append(str(error))
             continue
         if problems:
-            print(f"WARNING: {problems[0]}; going on from {path}, update {checkpoint['step']:,}", file=sys.stderr)
+            log(f"WARNING: {problems[0]}; going on from {path}, update {checkpoint['step']:,}")
         return checkpoint, path
-    if problems or (directory / "best_model.pt").exists():
-        raise UserError("; ".join(problems or [f"{directory} holds best_model.pt and no latest.pt"]) + "; there is nothing to resume from: "
-                        "use --fresh, which moves the old run aside and starts a new one, or put a checkpoint back")
-    return None
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; there is nothing to resume from: use --fresh, which moves the old run aside "
+                        "and starts a new one, or put a checkpoint back")
+    return None, None
 
 
-def check_settings(config: Config, checkpoint: dict, path: Path) -> None:
-    """Raises UserError where a setting that makes the run what it is differs from the checkpoint's; prints other changes."""
-    saved, fixed, free = {f"{s}.{k}": v for s, values in checkpoint["config"].items() for k, v in values.items()}, [], []
-    for name, value in config.flat().items():
-        if saved.get(name, value) != value:
-            must_match = name.startswith(("model.", "data.dataset", "data.max_")) or name in (
-                "training.tokenizer_type", "training.bpe_vocab_size", "training.batch_size", "training.seed", "training.optimizer")
-            (fixed if must_match else free).append(f"{name} was {saved[name]!r} and is {value!r}")
-    if fixed:
-        raise another_run(path, fixed)
-    if free:
-        log(f"changed since update {checkpoint['step']:,}: {'; '.join(free)}")
-
-
-def check_dataset(dataset: dict, checkpoint: dict, path: Path) -> None:
-    """Raises UserError where the tokens or the tokenizer are not the checkpoint's, though the settings are."""
-    changed = [f"the {key} of the {split} stories was {old[key]} and is {dataset[split][key]}"
-               for split, old in checkpoint["dataset"].items()
-               for key in ("tokenizer", "sha256") if old[key] != dataset[split][key]]
+def check_unchanged(path: Path, old: dict, new: dict, naming: str, fixed: tuple[str, ...]) -> None:
+    """Compares what the checkpoint at `path` has as {section: {name: value}} with what the run has now. Raises UserError
+    where a value differs whose name, written as in `naming`, begins with one of `fixed`; prints other differences.
+    """
+    changed = {}
+    for section, values in new.items():
+        for key, value in values.items():
+            if (was := old[section].get(key, value)) != value:
+                name = naming.format(section, key)
+                changed[name] = f"{name} was {was!r} and is {value!r}"
+    if another := [change for name, change in changed.items() if name.startswith(fixed)]:
+        raise UserError(f"this is not the run in {path}: {'; '.join(another)}; undo that to go on with the old run, or use "
+                        "--fresh, which moves it aside and starts a new one")
     if changed:
-        raise another_run(path, changed)
-
-
-def another_run(path: Path, changes: list[str]) -> UserError:
-    return UserError(f"this is not the run in {path}: {'; '.join(changes)}; undo that to go on with the old run, or use --fresh, "
-                     "which moves it aside and starts a new one")
+        log(f"changed since {path}: {'; '.join(changed.values())}")
 
 
 def lock(directory: Path) -> filelock.FileLock:
     """Returns the held lock of a run's folder, which ends with the process. Raises UserError where another run holds it."""
+    path = directory / ".lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(directory / ".lock")
+        held = filelock.FileLock(path)
         held.acquire(timeout=0)
-        (directory / ".lock").write_text(str(os.getpid()))
+        path.write_text(str(os.getpid()))
         return held
     except filelock.Timeout:
-        raise UserError(f"process {(directory / '.lock').read_text()} is training in {directory}; wait for it, stop it, or choose "
-                        "another training.checkpoint_dir and training.log_dir") from None
+        raise UserError(f"process {path.read_text()} is training in {directory}; wait for it, stop it, or choose another "
+                        "training.checkpoint_dir and training.log_dir") from None
     except OSError as error:
         raise write_error(directory, error) from error
 
 
-def move_aside(*directories: Path) -> None:
+def move_aside(directory: Path) -> None:
     """Moves an old run's files into a folder old-DATE inside their own folder."""
-    for directory in directories:
-        files = [p for names in ("*.pt", "metrics.jsonl", "run.json", "training_curves.png") for p in directory.glob(names)]
-        if files:
-            old = directory / f"old-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            old.mkdir()
-            for file in files:
-                file.rename(old / file.name)
-            print(f"the old run's files are now in {old}", file=sys.stderr)
+    files = [p for names in ("*.pt", "metrics.jsonl", "run.json", "training_curves.png") for p in directory.glob(names)]
+    if files:
+        old = directory / f"old-{datetime.now():%Y%m%d-%H%M%S}"
+        old.mkdir(exist_ok=True)
+        for file in files:
+            file.rename(old / file.name)
+        log(f"the old run's files are now in {old}")
 
 
 # ---------------------------------------------------------------- updates and evaluation
@@ -333,12 +334,8 @@ def train_step(objective: nn.Module, optimizer: Muon, scaler: torch.amp.GradScal
 
 def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> list[tuple[int, int]]:
     """Returns the (start, end) of every story, end-of-text included; stories longer than `seq_len` in pieces."""
-    ends = np.flatnonzero(tokens == eot_id) + 1
-    if len(tokens) and (len(ends) == 0 or ends[-1] < len(tokens)):
-        ends = np.append(ends, len(tokens))
-    starts = np.concatenate(([0], ends[:-1]))
-    return [(s, min(s + seq_len, end)) for start, end in zip(starts.tolist(), ends.tolist())
-            for s in range(start, end, seq_len)]
+    ends = np.union1d(np.flatnonzero(tokens == eot_id) + 1, len(tokens)).tolist()
+    return [(s, min(s + seq_len, end)) for start, end in zip([0, *ends], ends) for s in range(start, end, seq_len)]
 
 
 def evaluate(model: Transformer, tokens: np.ndarray, eot_id: int, batch_size: int, context: Callable,
@@ -365,83 +362,73 @@ def evaluate(model: Transformer, tokens: np.ndarray, eot_id: int, batch_size: in
     return losses, hits
 
 
-def tell_story(model: Transformer, tokenizer, seed: int = 0, opening: str = "Once upon a time", length: int = 60) -> str:
+def tell_story(model: Transformer, tokenizer, length: int) -> str:
     """Returns a story sampled with a random state of its own, at temperature 0.8 and top_k 50."""
-    prompt = [tokenizer.eot_id, *tokenizer.encode(opening)]
-    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    prompt = [tokenizer.eot_id, *tokenizer.encode("Once upon a time")]
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(0)
     story = model.generate([prompt], length, 0.8, 50, eot_id=tokenizer.eot_id, generator=generator)[0][1:]
     return tokenizer.decode(story[:-1] if story[-1] == tokenizer.eot_id else story)
 
 
 # ---------------------------------------------------------------- the run
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Returns the seed of an update's dropout."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def agree(value: float) -> float:
-    """Returns rank 0's value on every process."""
-    if not dist.is_initialized():
-        return value
-    box = torch.tensor(value, dtype=torch.float64)
-    dist.broadcast(box, 0)
-    return box.item()
-
-
-def log(message: str) -> None:
-    """Prints a line of progress, above the progress bar; the first process only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(message, file=sys.stderr)
-
-
 class Run:
     """One training run: what it is made of, opened where the last checkpoint left it."""
 
     def __init__(self, config: Config, fresh: bool = False):
         training = config.training
-        self.config, self.rank = config, int(os.environ.get("RANK", 0))
-        self.world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-        if training.batch_size % self.world:
-            raise UserError(f"training.batch_size = {training.batch_size} must be a multiple of the {self.world} processes")
-        self.device = choose_device(training.device, local_rank)
-        self.dtype, self.dtype_reason = choose_precision(self.device, training.use_amp)
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+        folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
+        self.latest, self.previous, self.best = (folder / f"{name}.pt" for name in ("latest", "previous", "best_model"))
+        self.config, self.metrics = config, self.log_dir / "metrics.jsonl"
+        self.tokens_per_update = training.batch_size * config.model.max_seq_len
+        self.open_device()
+        checkpoint, path = (None, None) if fresh else find_checkpoint(folder)
+        if checkpoint:
+            check_unchanged(path, checkpoint["config"], dataclasses.asdict(config), "{}.{}", FIXED_SETTINGS)
+        self.open_data(checkpoint)
+        if checkpoint:
+            check_unchanged(path, checkpoint["dataset"], self.dataset, "the {1} of the {0} stories",
+                            ("the tokenizer", "the sha256"))
 
-        directory, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
-        self.latest, self.previous, self.best = (directory / f"{n}.pt" for n in ("latest", "previous", "best_model"))
-        self.metrics = self.log_dir / "metrics.jsonl"
-        found = None if fresh else find_checkpoint(directory)
-        if found:
-            check_settings(config, *found)
-        self.open_data(found[0] if found else None)
-        if found:
-            check_dataset(self.dataset, *found)
-
-        # The model and everything that survives.
+        # All that survives, as it is before the first update.
         torch.manual_seed(training.seed)
         self.model = Transformer(config.model, self.tokenizer.vocab_size).to(self.device)
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = State()
         if self.rank == 0:
-            self.locks = [lock(d) for d in {directory, self.log_dir}]
-            if fresh or (not found and self.metrics.exists()):
-                move_aside(*{directory, self.log_dir})
-            for leftover in (*directory.glob("*.tmp"), *self.log_dir.glob("*.tmp")):
-                leftover.unlink()
-        if found:
-            self.restore(*found)
+            self.locks = [lock(f) for f in {folder, self.log_dir}]
+            for f in {folder, self.log_dir}:
+                if not checkpoint:
+                    move_aside(f)
+                for leftover in f.glob("*.tmp"):
+                    leftover.unlink()
+        if checkpoint:
+            self.restore(checkpoint, path)
+
+        self.scale = self.scaler.get_scale()  # when progress was last shown
         self.objective = Objective(self.model)
-        self.compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda" and has_triton())
         self.forward = torch.compile(self.objective) if self.compiled else self.objective
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
+
+    def open_device(self) -> None:
+        """Decides what computes, and how: processes, device, precision, compiling, micro-batches."""
+        training = self.config.training
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if training.batch_size % self.world:
+            raise UserError(f"training.batch_size = {training.batch_size} must be a multiple of the {self.world} processes")
+        self.device = choose_device(training.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.dtype, self.dtype_reason = choose_precision(self.device, training.use_amp)
+        self.context = lambda: autocast(self.device, self.dtype)
+        has_triton = importlib.util.find_spec("triton") is not None  # torch.compile's code generator on GPUs
+        self.compiled = training.compile == "on" or (training.compile == "auto" and self.device.type == "cuda" and has_triton)
         self.micro_batch_size = min(training.micro_batch_size or training.batch_size, training.batch_size // self.world)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
     def open_data(self, checkpoint: dict | None) -> None:
         """Prepares the streams; what `auto` was when the run began, it remains."""
@@ -457,7 +444,7 @@ class Run:
         self.stream = torch.from_numpy(train_stream.tokens.view(np.int16)).to(self.device)
         limit = len(val_stream.tokens)
         if training.eval_batches is not None:
-            limit = min(limit, training.eval_batches * training.batch_size * config.model.max_seq_len)
+            limit = min(limit, training.eval_batches * self.tokens_per_update)
         ends = np.flatnonzero(val_stream.tokens[:limit] == self.tokenizer.eot_id)
         self.val_tokens = np.array(val_stream.tokens[:ends[-1] + 1 if len(ends) else limit])
         self.val_bytes = len(self.tokenizer.decode(self.val_tokens[self.val_tokens != self.tokenizer.eot_id]).encode())
@@ -473,12 +460,12 @@ class Run:
             self.state.decay_start = self.state.end = None  # they are fixed anew
         if self.rank == 0:
             if self.latest.exists() and path != self.latest:
-                self.latest.rename(self.latest.with_name(f"damaged-{datetime.datetime.now():%Y%m%d-%H%M%S}.pt"))
-            length = self.metrics.stat().st_size if self.metrics.exists() else 0
-            if length < self.state.metrics_bytes:
+                self.latest.rename(self.latest.with_name(f"damaged-{datetime.now():%Y%m%d-%H%M%S}.pt"))
+            lines = self.metrics.read_bytes() if self.metrics.exists() else b""
+            if len(lines) < self.state.metrics_bytes:
                 log(f"WARNING: {self.metrics} has lost lines since the checkpoint")
-                self.state.metrics_bytes = self.metrics.read_bytes().rfind(b"\n") + 1 if length else 0
-            if length:
+                self.state.metrics_bytes = lines.rfind(b"\n") + 1
+            if lines:
                 os.truncate(self.metrics, self.state.metrics_bytes)
 
     def checkpoint(self) -> dict:
@@ -492,7 +479,7 @@ class Run:
             raise self.diverged()
         if self.rank == 0:
             save_checkpoint(self.latest, {**self.checkpoint(), **dataclasses.asdict(self.state), "scaler": self.scaler.state_dict(),
-                                          "optimizer": self.optimizer.state_dict()["state"]}, keep=self.previous)
+                                          "optimizer": self.optimizer.state_dict()["state"]}, self.previous)
 
     def diverged(self) -> UserError:
         kept = f"{self.latest} is from before" if self.latest.exists() else "no checkpoint was written"
@@ -506,24 +493,18 @@ class Run:
         return self.state.decay_start or end * (1 - training.decay_fraction), end
 
 
-def has_triton() -> bool:
-    """Whether torch.compile has its GPU code generator."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def update(run: Run) -> tuple[Tensor, Tensor, float]:
-    """Makes update number state.step + 1; returns its loss and gradient norm (tensors, not waited for) and its rate."""
+def update(run: Run) -> tuple[Tensor, Tensor]:
+    """Makes update number state.step + 1; returns its loss and gradient norm as tensors, without waiting for them."""
     training, step = run.config.training, run.state.step
-    rate = learning_rate(step, training.learning_rate, training.warmup_steps, *run.schedule())
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    starts = run.batches.starts(step)[run.rank::run.world]
-    tokens, targets = gather(run.stream, starts, run.config.model.max_seq_len)
+        group["lr"] = learning_rate(step, training.learning_rate, training.warmup_steps, *run.schedule())
+    tokens, targets = gather(run.stream, run.batches.starts(step)[run.rank::run.world], run.config.model.max_seq_len)
+    dropout_seed = np.random.SeedSequence([training.seed, step, run.rank]).generate_state(1, np.uint64)[0] >> 1
     while True:
-        torch.manual_seed(step_seed(training.seed, step, run.rank))
+        torch.manual_seed(int(dropout_seed))
         try:
-            return *train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size,
-                               training.grad_clip, lambda: autocast(run.device, run.dtype)), rate
+            return train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size, training.grad_clip,
+                              run.context)
         except torch.OutOfMemoryError:
             if run.micro_batch_size == 1 or run.world > 1:
                 raise UserError(f"out of memory on {run.device} with {run.micro_batch_size} sequences at a time; use a smaller "
@@ -538,143 +519,148 @@ def update(run: Run) -> tuple[Tensor, Tensor, float]:
             run.forward = run.objective
 
 
-def evaluate_run(run: Run, train_loss: float, rate: float, grad_norm: float, tokens_per_second: float) -> None:
-    """Evaluates, writes a metrics line and best_model.pt, tells a story, and decides whether the run should wind down."""
-    state, training = run.state, run.config.training
+def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
+    """Evaluates, keeps the model if it is the best so far, writes a metrics line and tells a story."""
+    state, val_loss = run.state, 0.0
     if run.rank == 0:
-        losses, _ = evaluate(run.model, run.val_tokens, run.tokenizer.eot_id, training.batch_size,
-                             lambda: autocast(run.device, run.dtype))
-    val_loss = agree(float(losses.mean(dtype=np.float64)) if run.rank == 0 else 0.0)
+        losses, _ = evaluate(run.model, run.val_tokens, run.tokenizer.eot_id, run.config.training.batch_size, run.context)
+        val_loss = float(losses.mean(dtype=np.float64))
+    val_loss = over_processes(val_loss)[0].item()
     if not math.isfinite(val_loss):
         raise run.diverged()
-    better = val_loss < state.best_loss
-    if better:
+    state.evals_since_best += 1
+    if better := val_loss < state.best_loss:
         state.best_loss, state.evals_since_best = val_loss, 0
-        if run.rank == 0:
+    if run.rank == 0:
+        if better:
             save_checkpoint(run.best, {**run.checkpoint(), "val_loss": val_loss})
+        line = write_metrics(run, val_loss, grad_norm, tokens_per_second)
+        log(f"update {state.step:,}: train loss {state.train_loss:.4f}, validation loss {val_loss:.4f}"
+            f"{' (best)' if better else ''}, {line['val_bits_per_byte']:.3f} bits per byte, epoch {line['epoch']:.2f}, "
+            f"{tokens_per_second:,.0f} tokens/s\n"
+            f"    {tell_story(run.model, run.tokenizer, length=60).replace(chr(10), ' ')} ...")
+
+
+def write_metrics(run: Run, val_loss: float, grad_norm: float, tokens_per_second: float) -> dict:
+    """Appends a line to metrics.jsonl and returns it."""
+    state = run.state
+    line = {"step": state.step, "train_loss": state.train_loss, "val_loss": val_loss, "lr": run.optimizer.param_groups[0]["lr"],
+            "val_perplexity": math.exp(min(val_loss, 700)),
+            "val_bits_per_byte": val_loss * len(run.val_tokens) / math.log(2) / run.val_bytes,
+            "tokens": state.step * run.tokens_per_update, "epoch": round(run.batches.epoch(state.step), 4),
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "tokens_per_second": round(tokens_per_second, 1),
+            "elapsed_seconds": round(state.elapsed_seconds, 2),
+            "timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        run.log_dir.mkdir(parents=True, exist_ok=True)
+        with open(run.metrics, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            state.metrics_bytes = file.tell()
+    except OSError as error:
+        raise write_error(run.metrics, error) from error
+    return line
+
+
+def stop_early(run: Run) -> None:
+    """Lets the rate decay to zero where too many evaluations brought no better loss; if it decays already, ends the run."""
+    state, patience = run.state, run.config.training.early_stopping_evals
+    decay_start, end = run.schedule()
+    if patience is None or state.evals_since_best < patience or state.step >= end:
+        return
+    if state.step < decay_start:
+        state.decay_start, state.end = state.step, min(end, state.step + max(1, state.step // 4))
+        state.evals_since_best = 0
+        log(f"no better loss in {patience} evaluations: the learning rate now decays to zero, until update {state.end:,}")
     else:
-        state.evals_since_best += 1
-    bits_per_byte = val_loss * len(run.val_tokens) / math.log(2) / run.val_bytes
-    if run.rank == 0:
-        line = {"step": state.step, "train_loss": train_loss, "val_loss": val_loss, "lr": rate,
-                "val_perplexity": math.exp(min(val_loss, 700)), "val_bits_per_byte": bits_per_byte,
-                "tokens": state.step * training.batch_size * run.config.model.max_seq_len,
-                "epoch": round(run.batches.epoch(state.step), 4),
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None, "tokens_per_second": round(tokens_per_second, 1),
-                "elapsed_seconds": round(state.elapsed_seconds, 2),
-                "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-        try:
-            run.log_dir.mkdir(parents=True, exist_ok=True)
-            with open(run.metrics, "ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                state.metrics_bytes = file.tell()
-        except OSError as error:
-            raise write_error(run.metrics, error) from error
-    log(f"update {state.step:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}{' (best)' if better else ''}, "
-        f"{bits_per_byte:.3f} bits per byte, epoch {run.batches.epoch(state.step):.2f}, {tokens_per_second:,.0f} tokens/s")
-    if run.rank == 0:
-        log(f"    {tell_story(run.model, run.tokenizer).replace(chr(10), ' ')} ...")
-    patience = training.early_stopping_evals
-    if patience is not None and state.evals_since_best >= patience:
-        decay_start, end = run.schedule()
-        if state.step < decay_start:
-            state.decay_start, state.end = state.step, min(end, state.step + max(1, state.step // 4))
-            state.evals_since_best = 0
-            log(f"no better loss in {patience} evaluations: the learning rate now decays to zero, until update {state.end:,}")
-        elif state.step < end:
-            state.end = state.step
-            log(f"no better loss in {patience} evaluations: the run ends here")
+        state.end = state.step
+        log(f"no better loss in {patience} evaluations: the run ends here")
 
 
-def fix_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float, budget: float) -> None:
-    """Sets, once, the update at which `budget` seconds will have passed, from the speed measured so far."""
+def fix_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float) -> None:
+    """Sets, once, the update at which max_minutes will have passed, from the speed measured so far."""
     training, state = run.config.training, run.state
-    left = budget - state.elapsed_seconds - 2 * seconds_per_evaluation  # this one, and the last
+    left = 60 * training.max_minutes - state.elapsed_seconds - 2 * seconds_per_evaluation  # this one, and the last
     updates = max(1, int(left / (seconds_per_update + seconds_per_evaluation / training.eval_interval)))
-    state.end = int(agree(min(training.max_steps, state.step + updates)))
+    state.end = int(over_processes(min(training.max_steps, state.step + updates))[0])
     state.decay_start = state.end * (1 - training.decay_fraction)
     log(f"{seconds_per_update:.3g} s per update: training.max_minutes={training.max_minutes:g} end at update {state.end:,}")
 
 
-def over_processes(operation, *values: float) -> list[float]:
-    """Returns each value's maximum or mean over all processes."""
-    if not dist.is_initialized():
-        return list(values)
-    box = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(box, operation)
-    return (box / dist.get_world_size() if operation == dist.ReduceOp.SUM else box).tolist()
+def catch_signals() -> list[int]:
+    """Returns a list to which SIGINT and SIGTERM are appended; a second one stops at once."""
+    signals = []
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return signals
 
 
 def train(run: Run, started: float) -> int:
     """The loop: update; then, when due or last, evaluate and save. Returns 0, or 128 + the signal that stopped it."""
-    state, training, signals = run.state, run.config.training, []
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)  # a second one stops at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    state, training, signals, stop = run.state, run.config.training, catch_signals(), 0
     if not run.latest.exists():
         run.save()
-    tokens_per_update = training.batch_size * run.config.model.max_seq_len
-    elapsed_before, loss_sum, scale = state.elapsed_seconds, torch.tensor(state.train_loss_sum, device=run.device), run.scaler.get_scale()
-    begin, paused, shown, first, line = time.monotonic(), 0.0, 0.0, None, (0.0, state.step)
+    loss_sum = torch.tensor(state.train_loss_sum, device=run.device)
     bar = tqdm(total=run.schedule()[1], initial=state.step, unit=" updates", disable=run.rank > 0 or not sys.stderr.isatty())
-    while state.step < run.schedule()[1]:
-        loss, grad_norm, rate = update(run)
+    started -= state.elapsed_seconds  # as if one process had made all of the run
+    budget, first_step, paused, shown = 60 * (training.max_minutes or math.inf), state.step + 1, 0.0, -math.inf
+    begin = line = (time.monotonic(), state.step)  # from where speed is measured: in this process, since the last metrics line
+    while state.step < run.schedule()[1] and not stop:
+        loss, grad_norm = update(run)
         state.step += 1
         state.train_loss_count += 1
         loss_sum += loss
 
         now = time.monotonic()
-        trained, state.elapsed_seconds = now - begin - paused, elapsed_before + now - started  # trained: seconds in updates
-        first = first or (trained, state.step)  # of this process: it compiles and warms up
-        budget = 60 * (training.max_minutes or math.inf)
+        state.elapsed_seconds = now - started
         stop, showing, fixing = over_processes(
-            dist.ReduceOp.MAX, signals[-1] if signals else 0, now - shown > (30 if bar.disable else 1),
-            state.end is None and state.elapsed_seconds > budget / 10 and state.step >= first[1] + 3)
+            signals[-1] if signals else 0, now - shown > (30 if bar.disable else 1),
+            state.end is None and state.elapsed_seconds > budget / 10 and state.step >= first_step + 3).amax(0).tolist()
         fixing = fixing and not stop  # an evaluation that is due is not put off: its line would be missing
         evaluating = fixing or state.step % training.eval_interval == 0 or state.step == run.schedule()[1]
         saving = stop or evaluating or state.step % training.checkpoint_interval == 0
         if saving or showing:  # only here the device is waited for
-            state.train_loss_sum, = over_processes(dist.ReduceOp.SUM, loss_sum.item())
-            shown = now = time.monotonic()
-            trained = now - begin - paused
+            state.train_loss_sum = over_processes(loss_sum.item()).mean().item()
             if not math.isfinite(state.train_loss_sum):
                 raise run.diverged()
-            if run.scaler.get_scale() < scale:
-                log(f"update {state.step:,}: float16 overflowed, update skipped, loss scale now {run.scaler.get_scale():g}")
-            scale = run.scaler.get_scale()
-            train_loss = state.train_loss_sum / state.train_loss_count
-            tokens_per_second = (state.step - line[1]) * tokens_per_update / (trained - line[0])
-            seconds_per_update = (trained - first[0]) / (state.step - first[1]) if state.step > first[1] else trained
-            show_progress(run, bar, train_loss, tokens_per_second, seconds_per_update)
+            shown = time.monotonic()
+            seconds_per_update = (shown - paused - begin[0]) / (state.step - begin[1])
+            tokens_per_second = (state.step - line[1]) * run.tokens_per_update / (shown - paused - line[0])
+            show_progress(run, bar, tokens_per_second, seconds_per_update)
         if evaluating:
-            evaluate_run(run, train_loss, rate, grad_norm.item(), tokens_per_second)
-            line, state.train_loss_sum, state.train_loss_count = (trained, state.step), 0.0, 0
+            evaluate_run(run, grad_norm.item(), tokens_per_second)
+            state.train_loss_sum, state.train_loss_count = 0.0, 0
             loss_sum.zero_()
+            stop_early(run)
             if fixing:
-                fix_end(run, seconds_per_update, time.monotonic() - now, budget)
+                fix_end(run, seconds_per_update, time.monotonic() - shown)
         if saving:
             run.save()
-            paused += time.monotonic() - now
-        if stop:
-            bar.close()
-            log(f"stopped after update {state.step:,}, saved in {run.latest}; run the same command again to go on")
-            return 128 + int(stop)
+            paused += time.monotonic() - shown
+        if evaluating or state.step == first_step:
+            line = (time.monotonic() - paused, state.step)
+            begin = line if state.step == first_step else begin  # without the first update, which compiles
     bar.close()
-    return 0
+    if stop:
+        log(f"stopped after update {state.step:,}, saved in {run.latest}; run the same command again to go on")
+    return 128 + int(stop) if stop else 0
 
 
-def show_progress(run: Run, bar: tqdm, loss: float, tokens_per_second: float, seconds_per_update: float) -> None:
-    """Moves the bar on a terminal; prints a line in a log file."""
-    step, end = run.state.step, run.schedule()[1]
-    text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+def show_progress(run: Run, bar: tqdm, tokens_per_second: float, seconds_per_update: float) -> None:
+    """Moves the bar on a terminal; prints a line in a log file, and anywhere that float16 overflowed."""
+    step, end, scale = run.state.step, run.schedule()[1], run.scaler.get_scale()
+    if scale < run.scale:
+        log(f"update {step:,}: float16 overflowed, update skipped, loss scale now {scale:g}")
+    run.scale = scale
+    text = f"loss {run.state.train_loss:.3f}, {tokens_per_second:,.0f} tokens/s"
     if bar.disable:
-        left = datetime.timedelta(seconds=round((end - step) * seconds_per_update))
+        left = timedelta(seconds=round((end - step) * seconds_per_update))
         log(f"update {step:,} of {end:,}: {text}, {left} left")
     else:
         bar.total = end
@@ -691,7 +677,7 @@ def describe(run: Run) -> None:
              "device": f"{device} ({name})", "precision": str(run.dtype).removeprefix("torch."), "compile": run.compiled,
              "processes": run.world, "python": platform.python_version(), "torch": torch.__version__,
              "numpy": np.__version__, "platform": platform.platform(), "command": sys.argv,
-             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+             "started": datetime.now(UTC).isoformat(timespec="seconds")}
     log(f"data: {info['dataset']}, {info['stories']:,} stories, {info['tokens']:,} tokens of the {run.tokenizer.name} tokenizer "
         f"({run.tokenizer.vocab_size:,}); {run.batches.windows_per_epoch / run.config.training.batch_size:,.1f} updates per epoch\n"
         f"model: {counts['total']:,} parameters, {counts['blocks']:,} of them in {run.config.model.n_layers} blocks\n"

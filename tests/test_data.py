@@ -118,10 +118,18 @@ def test_bpe_is_lossless(stories):
     round_trips(BPETokenizer.train(stories, 2048), stories + UNICODE)
 
 
-def test_half_a_surrogate_pair_is_replaced_and_does_not_stop_the_stream():
+def test_half_a_surrogate_pair_in_a_prompt_is_replaced():
+    tokenizer = BPETokenizer.train(["some text"], 260)
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+
+
+def test_stories_of_any_number_are_encoded_in_their_order():
     tokenizer, written = BPETokenizer.train(["some text"], 260), []
-    encode_stories(["a\ud83db", "c"], tokenizer, written.append)
-    assert tokenizer.decode(np.frombuffer(b"".join(written), np.uint16)) == "a\ufffdb<|endoftext|>c<|endoftext|>"
+    stories = [f"Story {i}." for i in range(5000)]  # more than are in memory at once
+    counts = encode_stories(iter(stories), tokenizer, written.append)
+    tokens = np.frombuffer(b"".join(written), np.uint16)
+    assert tokenizer.decode(tokens) == "".join(f"{story}<|endoftext|>" for story in stories)
+    assert (counts["stories"], counts["tokens"], counts["bytes"]) == (5000, len(tokens), len("".join(stories)))
 
 
 @needs_gpt2
@@ -186,12 +194,10 @@ def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subproce
 
 
 def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path):
-    (tmp_path / "vocabulary").mkdir()
-    small = ("model.max_seq_len=16", "training.tokenizer_type=char")
-    result = run("data.py", *small, cwd=tmp_path)
+    result = run("data.py", "training.tokenizer_type=char", cwd=tmp_path)
     assert result.returncode == 0 and "sample, train: 570 stories" in result.stdout
     assert "WARNING: not TinyStories" in result.stderr
-    result = run("data.py", *small, "data.dataset=tinystories", cwd=tmp_path)
+    result = run("data.py", "training.tokenizer_type=char", "data.dataset=tinystories", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
     assert "Traceback" not in result.stderr
 
@@ -212,7 +218,7 @@ for file in target.glob("json-*"):
 """
     subprocess.run([sys.executable, "-c", prepare_cache], cwd=tmp_path, check=True, capture_output=True,
                    env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
-    result = run("data.py", "model.max_seq_len=16", "training.tokenizer_type=char", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    result = run("data.py", "training.tokenizer_type=char", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 0 and "tinystories, train: 50 stories" in result.stdout, result.stderr
     assert "not TinyStories" not in result.stderr
 
@@ -233,7 +239,7 @@ def test_streams_are_reused_and_rebuilt_when_the_request_or_the_file_differs_or_
     path = write_stories(tmp_path / "mine.txt", [f"This is story number {i}, my dear." for i in range(50)])
     config = make_config(tmp_path, data__dataset=str(path))
     built = []
-    monkeypatch.setattr(data, "_build", lambda *args, build=data._build: (built.append(args), build(*args)))
+    monkeypatch.setattr(data, "_build", lambda *args, build=data._build: built.append(args) or build(*args))
 
     def builds() -> int:
         before = len(built)

@@ -573,7 +573,7 @@ def test_other_stories_under_the_same_path_are_an_error(tmp_path, reference):
     before, stories = snapshot(tmp_path / "checkpoints", tmp_path / "logs"), tmp_path / "stories.txt"
     text = stories.read_text()
     stories.write_text(text.replace("Once", "Twice"))
-    with pytest.raises(UserError, match=r"the sha256 of the train stories was \w+ and is \w+; undo that .* or use --fresh"):
+    with pytest.raises(UserError, match=r"the sha256 of the train stories was '\w+' and is '\w+'; undo that .* or use --fresh"):
         go(config)
     assert snapshot(tmp_path / "checkpoints", tmp_path / "logs") == before
     stories.write_text(text)
@@ -593,12 +593,14 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(halfway, reference):
     assert differences(folder, reference) == []
 
 
-def test_metrics_without_a_checkpoint_are_moved_aside_too(halfway, reference):
+def test_what_is_left_of_a_run_without_a_checkpoint_to_resume_is_moved_aside_too(halfway, reference):
     folder, config = halfway
-    lines = (folder / "logs" / "metrics.jsonl").read_bytes()
-    shutil.rmtree(folder / "checkpoints")
+    for name in ("latest.pt", "previous.pt"):
+        (folder / "checkpoints" / name).unlink()
+    before = sorted(snapshot(folder / "checkpoints", folder / "logs").values())
+    assert len(before) == 3  # best_model.pt, metrics.jsonl, run.json
     assert go(config).code == 0
-    assert [p.read_bytes() for p in folder.glob("logs/old-*/metrics.jsonl")] == [lines]
+    assert sorted(p.read_bytes() for kind in ("checkpoints", "logs") for p in folder.glob(f"{kind}/old-*/*")) == before
     assert differences(folder, reference) == []
 
 
@@ -607,7 +609,7 @@ def test_changes_that_are_safe_are_allowed_and_printed(halfway, capsys):
     config.training.max_steps, config.training.eval_interval = 16, 6
     run = go(config)
     printed = capsys.readouterr().err
-    assert "changed since update 10: " in printed
+    assert f"changed since {folder / 'checkpoints' / 'latest.pt'}: " in printed
     assert "training.max_steps was 24 and is 16; training.eval_interval was 4 and is 6" in printed
     assert run.code == 0 and [line["step"] for line in metrics(folder)] == [4, 8, 12, 16]
 

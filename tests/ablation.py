@@ -1,0 +1,193 @@
+"""What each choice of the model and the optimizer is worth: every variant trained for the same time, on the same batches.
+
+    python tests/ablation.py ../shared/tinystories/train.txt --seconds 120
+
+The time of an update is measured for all variants in turns, and each then makes as many updates as fit into the seconds;
+so a slower moment of the machine does not count against the one that happens to run in it. Prints a table of Markdown.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import model as model_module
+from config import Config
+from data import Batches, prepare
+from model import Transformer
+from train import Muon, Objective, autocast, choose_device, choose_precision, evaluate, gather, learning_rate, train_step
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
+
+
+class TwoMatrixMLP(nn.Module):
+    def __init__(self, mlp: nn.Module, activation):
+        super().__init__()
+        self.up_proj, self.down_proj, self.activation = mlp.up_proj, mlp.down_proj, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class PositionedEmbedding(nn.Embedding):
+    """Token embedding plus a learned one of the position; `weight`, the output matrix, is that of the tokens."""
+
+    def __init__(self, embedding: nn.Embedding, max_seq_len: int):
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.positions = nn.Parameter(0.02 * torch.randn(max_seq_len, embedding.embedding_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.positions[:tokens.shape[1]]
+
+
+class UntiedEmbedding(nn.Embedding):
+    """Embeds with a matrix of its own; `weight` is the output matrix alone."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.table = nn.Parameter(0.02 * torch.randn_like(embedding.weight))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.table)
+
+
+def use_layer_norm(model: Transformer) -> None:
+    width = model.config.d_model
+    for block in model.layers:
+        block.input_layernorm, block.post_attention_layernorm = LayerNorm(width), LayerNorm(width)
+    model.norm = LayerNorm(width)
+
+
+def use_no_qk_norm(model: Transformer) -> None:
+    for block in model.layers:
+        block.self_attn.q_norm = block.self_attn.k_norm = nn.Identity()
+
+
+def use_two_matrices(activation):
+    def change(model: Transformer) -> None:
+        for block in model.layers:
+            block.mlp = TwoMatrixMLP(block.mlp, activation)
+    return change
+
+
+def use_learned_positions(model: Transformer) -> None:
+    model.embed_tokens = PositionedEmbedding(model.embed_tokens, model.config.max_seq_len)
+    model.no_rotation = True
+
+
+def use_untied_embeddings(model: Transformer) -> None:
+    model.embed_tokens = UntiedEmbedding(model.embed_tokens)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+GPT2 = (use_layer_norm, use_no_qk_norm, use_two_matrices(F.gelu), use_learned_positions)
+VARIANTS = {  # name: (changes to the model, optimizer, learning rate)
+    "ours": ((), "muon", 5e-3),
+    "without QK-norm": ((use_no_qk_norm,), "muon", 5e-3),
+    "LayerNorm with biases": ((use_layer_norm,), "muon", 5e-3),
+    "GELU MLP, two matrices": ((use_two_matrices(F.gelu),), "muon", 5e-3),
+    "ReLU-squared MLP, two matrices": ((use_two_matrices(relu_squared),), "muon", 5e-3),
+    "learned positions": ((use_learned_positions,), "muon", 5e-3),
+    "untied embeddings": ((use_untied_embeddings,), "muon", 5e-3),
+    "GPT-2's block (the four above, tied)": (GPT2, "muon", 5e-3),
+    "ours with AdamW 1e-3": ((), "adamw", 1e-3),
+    "ours with AdamW 2e-3": ((), "adamw", 2e-3),
+    "ours with AdamW 4e-3": ((), "adamw", 4e-3),
+    "GPT-2's block with AdamW 1e-3": (GPT2, "adamw", 1e-3),
+    "GPT-2's block with AdamW 2e-3": (GPT2, "adamw", 2e-3),
+}
+
+
+class Trial:
+    """One variant with its optimizer; `update` makes an update."""
+
+    def __init__(self, name: str, config: Config, vocab_size: int, seed: int):
+        changes, optimizer, self.rate = VARIANTS[name]
+        self.training, self.device = config.training, choose_device(config.training.device)
+        self.dtype, _ = choose_precision(self.device, config.training.use_amp)
+        torch.manual_seed(seed)
+        self.model = Transformer(config.model, vocab_size)
+        self.model.no_rotation = False
+        for change in changes:
+            change(self.model)
+        self.model.to(self.device)
+        in_blocks = {p for p in self.model.layers.parameters() if p.ndim == 2}
+        groups = [{"params": [p for p in self.model.parameters() if p in in_blocks], "muon": optimizer == "muon"},
+                  {"params": [p for p in self.model.parameters() if p.ndim == 2 and p not in in_blocks]},
+                  {"params": [p for p in self.model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        self.optimizer = Muon(groups, lr=self.rate, weight_decay=config.training.weight_decay, betas=(0.9, 0.95),
+                              fused=self.device.type in ("cpu", "cuda"))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def context(self):
+        return autocast(self.device, self.dtype)
+
+    def rotation(self):
+        return mock.patch.object(model_module, "rotate", lambda x, rope: x) if self.model.no_rotation else contextlib.nullcontext()
+
+    def update(self, tokens: Tensor, targets: Tensor, step: int, steps: int) -> None:
+        rate = learning_rate(step, self.rate, self.training.warmup_steps, steps * (1 - self.training.decay_fraction), steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self.rotation():
+            train_step(Objective(self.model), self.optimizer, self.scaler, tokens, targets, len(tokens),
+                       self.training.grad_clip, self.context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="whatever train.py takes as data.dataset")
+    parser.add_argument("--seconds", type=float, default=120, help="training time of each variant")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    options = parser.parse_args()
+    config = Config()
+    config.apply_preset("laptop")
+    config.data.dataset = options.dataset
+    tokenizer, train_stream, val_stream = prepare(config)
+    stream = torch.from_numpy(train_stream.tokens.view("int16"))
+    batches = Batches(train_stream.tokens, config.training.batch_size, config.model.max_seq_len, options.seed)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return gather(stream.to(choose_device(config.training.device)), batches.starts(step), config.model.max_seq_len)
+
+    times = {name: [] for name in options.variants}
+    for step in range(6):
+        for name in options.variants:
+            trial = Trial(name, config, tokenizer.vocab_size, options.seed)
+            trial.update(*batch(0), 0, 100)
+            start = time.perf_counter()
+            trial.update(*batch(1), 1, 100)
+            times[name].append(time.perf_counter() - start)
+    print(f"\n{options.seconds:g} s each, {torch.get_num_threads()} threads, seed {options.seed}\n\n"
+          "| | parameters | s per update | updates | bits per byte |\n|---|---|---|---|---|")
+    for name in options.variants:
+        trial = Trial(name, config, tokenizer.vocab_size, options.seed)
+        steps = round(options.seconds / (seconds := statistics.median(times[name])))
+        for step in range(steps):
+            trial.update(*batch(step), step, steps)
+        with trial.rotation():
+            losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, trial.context)
+        bits = losses.sum(dtype="float64") / torch.log(torch.tensor(2.0)).item() / val_stream.info["bytes"]
+        parameters = sum(p.numel() for p in trial.model.parameters())
+        print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {bits:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
