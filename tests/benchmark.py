@@ -3,18 +3,21 @@
     python tests/benchmark.py --quick      a minute or two
     python tests/benchmark.py              all of it: training, generation, tokenization
     python tests/benchmark.py --sizes      parameters and memory of the presets with each tokenizer
+    python tests/benchmark.py --nanogpt FOLDER      beside a clone of nanoGPT, too
 
 Every measurement runs in a process of its own (so that its peak memory is its own), in turns, and the median of the
 repetitions is printed: this compares on one machine in one run, nothing else does.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import os
 import platform
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -32,15 +35,19 @@ sys.path.insert(0, str(ROOT))
 from config import PRESETS, Config
 from data import SAMPLE, BPETokenizer, encode_stories, read_stories
 from model import Transformer
-from train import Objective, autocast, choose_device, choose_precision, make_optimizer, train_step
+from train import Objective, autocast, choose_device, choose_precision, keep_freed_memory, make_optimizer, train_step
 
 VOCABULARIES = {"gpt2": 50257, "bpe": 4096}
 
 
-def build(name: str, config: Config, vocab_size: int) -> torch.nn.Module:
+def build(name: str, config: Config, vocab_size: int, nanogpt: str = "") -> torch.nn.Module:
     m = config.model
     if name == "ours":
         return Transformer(m, vocab_size)
+    if name == "nanoGPT":
+        theirs = runpy.run_path(str(Path(nanogpt, "model.py")))
+        return theirs["GPT"](theirs["GPTConfig"](block_size=m.max_seq_len, vocab_size=vocab_size, n_layer=m.n_layers,
+                                                 n_head=m.n_heads, n_embd=m.d_model, dropout=m.dropout, bias=False))
     import transformers
 
     if name == "GPT2LMHeadModel":
@@ -75,28 +82,33 @@ def seconds(function, repetitions: int, device: torch.device) -> float:
 
 
 def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, repetitions: int, optimizer: str = "adamw",
-                   preset: str | None = None) -> dict:
+                   compiled: bool = False, nanogpt: str = "") -> dict:
     """Forward, backward and update at the default shape, dropout 0.1: tokens/s, model FLOP/s (6 x parameters), peak MB."""
     config, device = Config(), choose_device("auto")
-    if preset:
-        config.apply_preset(preset)
     config.training.optimizer = optimizer
     dtype, _ = choose_precision(device, use_amp)
-    model = build(name, config, VOCABULARIES[vocabulary]).to(device).train()
+    compiled = compiled or device.type == "cuda"
+    if name == "ours":
+        keep_freed_memory()  # as train.py does
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints
+        model = build(name, config, VOCABULARIES[vocabulary], nanogpt).to(device).train()
     tokens = torch.randint(VOCABULARIES[vocabulary], (batch_size, config.model.max_seq_len + 1), device=device)
     x, y, context = tokens[:, :-1], tokens[:, 1:], lambda: autocast(device, dtype)
     if name == "ours":
         optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(device.type, enabled=False)
-        forward = torch.compile(Objective(model)) if device.type == "cuda" else Objective(model)
+        forward = torch.compile(Objective(model)) if compiled else Objective(model)
         update = functools.partial(train_step, forward, optimizer, scaler, x, y, batch_size, 1.0, context)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
-        forward = torch.compile(model) if device.type == "cuda" else model
+        forward = torch.compile(model) if compiled else model
 
         def update():
             optimizer.zero_grad(set_to_none=True)
             with context():
-                loss = forward(tokens[:, :-1], labels=tokens[:, :-1]).loss  # transformers shifts the labels itself
+                if name == "nanoGPT":
+                    _, loss = forward(x, y)
+                else:
+                    loss = forward(x, labels=x).loss  # transformers shifts the labels itself
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -109,6 +121,7 @@ def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, r
 
 def matmul_speed(vocabulary: str, batch_size: int, use_amp: bool, repetitions: int) -> dict:
     """The matrix products of an update alone, without attention: what this machine could reach. GFLOP/s."""
+    keep_freed_memory()
     m, device = Config().model, choose_device("auto")
     dtype, _ = choose_precision(device, use_amp)
     n = batch_size * m.max_seq_len
@@ -134,6 +147,7 @@ def generation_speed(name: str, n_prompts: int, repetitions: int) -> dict:
     device, prompts = choose_device("auto"), torch.tensor([[50256, 7454, 2402, 257]])
     model = build(name, Config(), VOCABULARIES["gpt2"]).to(device).eval()
     prompts = prompts.repeat(n_prompts, 1).to(device)
+
     def ours(new_tokens: int):
         model.generate(prompts, new_tokens, temperature=0.8, top_k=50)
 
@@ -222,6 +236,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--nanogpt", metavar="FOLDER")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -241,6 +256,11 @@ def main() -> None:
             rows[label] = ("training_speed", dict(name=name, vocabulary=vocabulary, batch_size=batch_size, use_amp=use_amp, repetitions=repetitions))
             if name == "ours":
                 rows[f"{label}, Muon"] = (rows[label][0], rows[label][1] | {"optimizer": "muon"})
+                if not (gpu or quick):
+                    rows[f"{label}, compiled"] = (rows[label][0], rows[label][1] | {"compiled": True})
+        if options.nanogpt:
+            rows["nanoGPT, float32"] = ("training_speed", dict(name="nanoGPT", vocabulary=vocabulary, batch_size=batch_size, use_amp=False,
+                                                               repetitions=repetitions, nanogpt=options.nanogpt))
         for use_amp in (True, False):
             rows[f"matrix products alone, {str(choose_precision(device, use_amp)[0]).removeprefix('torch.')}"] = (
                 "matmul_speed", dict(vocabulary=vocabulary, batch_size=batch_size, use_amp=use_amp, repetitions=repetitions))
