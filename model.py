@@ -313,8 +313,8 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     logits over the temperature, of the `top_k` likeliest tokens, and of those only the likeliest that together have at
     least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751); the others weigh zero.
     """
-    logits, ids = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
-    weights = logits.softmax(-1)
+    logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
+    weights = (logits.float() / temperature).softmax(-1)
     if top_p is not None:
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
     return weights, ids

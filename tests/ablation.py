@@ -8,6 +8,7 @@ so a slower moment of the machine does not count against the one that happens to
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ import model as model_module
 from config import Config
 from data import Batches, prepare
 from model import Transformer
-from train import Muon, Objective, autocast, choose_device, choose_precision, evaluate, gather, learning_rate, train_step
+from train import Muon, Objective, autocast, choose_device, choose_precision, evaluate, gather, keep_freed_memory, learning_rate, train_step
 
 
 class LayerNorm(nn.LayerNorm):
@@ -97,20 +98,20 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 GPT2 = (use_layer_norm, use_no_qk_norm, use_two_matrices(F.gelu), use_learned_positions)
-VARIANTS = {  # name: (changes to the model, optimizer, learning rate)
-    "ours": ((), "muon", 5e-3),
-    "without QK-norm": ((use_no_qk_norm,), "muon", 5e-3),
-    "LayerNorm with biases": ((use_layer_norm,), "muon", 5e-3),
-    "GELU MLP, two matrices": ((use_two_matrices(F.gelu),), "muon", 5e-3),
-    "ReLU-squared MLP, two matrices": ((use_two_matrices(relu_squared),), "muon", 5e-3),
-    "learned positions": ((use_learned_positions,), "muon", 5e-3),
-    "untied embeddings": ((use_untied_embeddings,), "muon", 5e-3),
-    "GPT-2's block (the four above, tied)": (GPT2, "muon", 5e-3),
-    "ours with AdamW 1e-3": ((), "adamw", 1e-3),
-    "ours with AdamW 2e-3": ((), "adamw", 2e-3),
-    "ours with AdamW 4e-3": ((), "adamw", 4e-3),
-    "GPT-2's block with AdamW 1e-3": (GPT2, "adamw", 1e-3),
-    "GPT-2's block with AdamW 2e-3": (GPT2, "adamw", 2e-3),
+VARIANTS = {  # name: (changes to the model, training settings that differ from the laptop preset's)
+    "ours": ((), {}),
+    "without QK-norm": ((use_no_qk_norm,), {}),
+    "LayerNorm with biases": ((use_layer_norm,), {}),
+    "GELU MLP, two matrices": ((use_two_matrices(F.gelu),), {}),
+    "ReLU-squared MLP, two matrices": ((use_two_matrices(relu_squared),), {}),
+    "learned positions": ((use_learned_positions,), {}),
+    "untied embeddings": ((use_untied_embeddings,), {}),
+    "GPT-2's block": (GPT2, {}),
+    "weight decay 1.0": ((), {"weight_decay": 1.0}),
+    "AdamW 1e-3": ((), {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "AdamW 2e-3": ((), {"optimizer": "adamw", "learning_rate": 2e-3}),
+    "AdamW 4e-3": ((), {"optimizer": "adamw", "learning_rate": 4e-3}),
+    "GPT-2's block, AdamW 2e-3": (GPT2, {"optimizer": "adamw", "learning_rate": 2e-3}),
 }
 
 
@@ -118,8 +119,8 @@ class Trial:
     """One variant with its optimizer; `update` makes an update."""
 
     def __init__(self, name: str, config: Config, vocab_size: int, seed: int):
-        changes, optimizer, self.rate = VARIANTS[name]
-        self.training, self.device = config.training, choose_device(config.training.device)
+        changes, settings = VARIANTS[name]
+        self.training, self.device = dataclasses.replace(config.training, **settings), choose_device(config.training.device)
         self.dtype, _ = choose_precision(self.device, config.training.use_amp)
         torch.manual_seed(seed)
         self.model = Transformer(config.model, vocab_size)
@@ -128,10 +129,10 @@ class Trial:
             change(self.model)
         self.model.to(self.device)
         in_blocks = {p for p in self.model.layers.parameters() if p.ndim == 2}
-        groups = [{"params": [p for p in self.model.parameters() if p in in_blocks], "muon": optimizer == "muon"},
+        groups = [{"params": [p for p in self.model.parameters() if p in in_blocks], "muon": self.training.optimizer == "muon"},
                   {"params": [p for p in self.model.parameters() if p.ndim == 2 and p not in in_blocks]},
                   {"params": [p for p in self.model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-        self.optimizer = Muon(groups, lr=self.rate, weight_decay=config.training.weight_decay, betas=(0.9, 0.95),
+        self.optimizer = Muon(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, betas=(0.9, 0.95),
                               fused=self.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -142,7 +143,7 @@ class Trial:
         return mock.patch.object(model_module, "rotate", lambda x, rope: x) if self.model.no_rotation else contextlib.nullcontext()
 
     def update(self, tokens: Tensor, targets: Tensor, step: int, steps: int) -> None:
-        rate = learning_rate(step, self.rate, self.training.warmup_steps, steps * (1 - self.training.decay_fraction), steps)
+        rate = learning_rate(step, self.training.learning_rate, self.training.warmup_steps, steps * (1 - self.training.decay_fraction), steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.rotation():
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
+    keep_freed_memory()
     config = Config()
     config.apply_preset("laptop")
     config.data.dataset = options.dataset
