@@ -596,7 +596,7 @@ def describe_run(log_dir: Path) -> str:
     """Returns a run's folder and, where run.json tells, its dataset, tokenizer and size."""
     try:
         run = json.loads((log_dir / "run.json").read_text())
-        return (f"{log_dir}: {run['dataset']['train']['dataset']}, {run['tokenizer']['type']} tokenizer, "
+        return (f"{log_dir}: {Path(run['dataset']['train']['dataset']).name}, {run['tokenizer']['type']} tokenizer, "
                 f"{run['parameters']['total'] / 1e6:.1f}M parameters")
     except (OSError, ValueError, KeyError, TypeError):
         return str(log_dir)
@@ -643,7 +643,7 @@ def plot_training(log_dirs: list[Path]) -> Path:
     panels["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
     panels["val_loss"].plot([], [], color="grey", label="validation")
     panels["val_loss"].plot([], [], "--", color="grey", label="training")
-    panels["val_loss"].legend(frameon=False, fontsize=9)
+    panels["val_loss"].legend(loc="upper right", frameon=False, fontsize=9)
     path = log_dirs[0] / "training_curves.png"
     save_figure(figure, path)
     return path

@@ -61,6 +61,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not torch.is_grad_enabled():
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)
         return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
 
 
@@ -155,7 +157,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the time of
     F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
     """
-    CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at a time
+    CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits at a time
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -228,9 +230,9 @@ class Transformer(nn.Module):
         end = past + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens are more than max_seq_len = {self.config.max_seq_len}")
-        x = self.dropout(self.embed_tokens(tokens))
+        x, rope = self.dropout(self.embed_tokens(tokens)), self.rope[:, past:end]
         for i, block in enumerate(self.layers):
-            x = block(x, self.rope[:, past:end], None if cache is None else cache[i, :, :, :, :end])
+            x = block(x, rope, None if cache is None else cache[i, :, :, :, :end])
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ class Transformer(nn.Module):
                 x, past = self.hidden(tokens[:, past:end], cache, past), end
             else:
                 x = self.hidden(tokens[:, end - context:end])
-            chosen = sample(F.linear(x[:, -1], weight), temperature, top_k, top_p, generator).tolist()
+            chosen = sample(next_logits(x[:, -1], weight), temperature, top_k, top_p, generator).tolist()
             for i in sorted(active):
                 if end < prompt_lengths[i]:
                     continue
@@ -297,6 +299,19 @@ class Transformer(nn.Module):
             end += 1
         self.train(training)
         return rows
+
+
+def next_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns F.linear(x, weight), the logits (B, V) of x (B, C) and weight (V, C).
+
+    On a CPU as a batch of 64 products: for one row a fifth of the time, for 16 the same (torch 2.13 with MKL).
+    """
+    rows = len(weight) // 64
+    if x.device.type != "cpu" or rows == 0:
+        return F.linear(x, weight)
+    batch, rest = weight[:64 * rows].view(64, rows, -1), weight[64 * rows:]
+    logits = torch.bmm(batch, x.mT.expand(64, -1, -1)).flatten(0, 1)  # (64 rows, B)
+    return torch.cat((logits, rest @ x.mT)).mT
 
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,

@@ -107,11 +107,11 @@ VARIANTS = {  # name: (changes to the model, training settings that differ from 
     "learned positions": ((use_learned_positions,), {}),
     "untied embeddings": ((use_untied_embeddings,), {}),
     "GPT-2's block": (GPT2, {}),
-    "weight decay 1.0": ((), {"weight_decay": 1.0}),
+    "weight decay 0.1": ((), {"weight_decay": 0.1}),
+    "AdamW 5e-4": ((), {"optimizer": "adamw", "learning_rate": 5e-4}),
     "AdamW 1e-3": ((), {"optimizer": "adamw", "learning_rate": 1e-3}),
     "AdamW 2e-3": ((), {"optimizer": "adamw", "learning_rate": 2e-3}),
-    "AdamW 4e-3": ((), {"optimizer": "adamw", "learning_rate": 4e-3}),
-    "GPT-2's block, AdamW 2e-3": (GPT2, {"optimizer": "adamw", "learning_rate": 2e-3}),
+    "GPT-2's block, AdamW 1e-3": (GPT2, {"optimizer": "adamw", "learning_rate": 1e-3}),
 }
 
 

@@ -82,18 +82,18 @@ def seconds(function, repetitions: int, device: torch.device) -> float:
 
 
 def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, repetitions: int, optimizer: str = "adamw",
-                   compiled: bool = False, nanogpt: str = "") -> dict:
+                   nanogpt: str = "") -> dict:
     """Forward, backward and update at the default shape, dropout 0.1: tokens/s, model FLOP/s (6 x parameters), peak MB."""
     config, device = Config(), choose_device("auto")
     config.training.optimizer = optimizer
     dtype, _ = choose_precision(device, use_amp)
-    compiled = compiled or device.type == "cuda"
+    compiled = device.type == "cuda"
     if name == "ours":
         keep_freed_memory()  # as train.py does
     with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints
         model = build(name, config, VOCABULARIES[vocabulary], nanogpt).to(device).train()
     tokens = torch.randint(VOCABULARIES[vocabulary], (batch_size, config.model.max_seq_len + 1), device=device)
-    x, y, context = tokens[:, :-1], tokens[:, 1:], lambda: autocast(device, dtype)
+    x, y, context = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), lambda: autocast(device, dtype)
     if name == "ours":
         optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(device.type, enabled=False)
         forward = torch.compile(Objective(model)) if compiled else Objective(model)
@@ -256,8 +256,6 @@ def main() -> None:
             rows[label] = ("training_speed", dict(name=name, vocabulary=vocabulary, batch_size=batch_size, use_amp=use_amp, repetitions=repetitions))
             if name == "ours":
                 rows[f"{label}, Muon"] = (rows[label][0], rows[label][1] | {"optimizer": "muon"})
-                if not (gpu or quick):
-                    rows[f"{label}, compiled"] = (rows[label][0], rows[label][1] | {"compiled": True})
         if options.nanogpt:
             rows["nanoGPT, float32"] = ("training_speed", dict(name="nanoGPT", vocabulary=vocabulary, batch_size=batch_size, use_amp=False,
                                                                repetitions=repetitions, nanogpt=options.nanogpt))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import ModelConfig
-from model import Dropout, LinearCrossEntropy, RMSNorm, Transformer, candidates, causal_attention, sample
+from model import Dropout, LinearCrossEntropy, RMSNorm, Transformer, candidates, causal_attention, next_logits, sample
 
 VOCAB = 97
 
@@ -192,6 +192,12 @@ def test_sampling_matches_transformers_logits_processors(temperature, top_k, top
     many = sample(logits.repeat(500, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(500, 4)
     for row, column in zip(expected, many.T):
         assert row[column].isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size, rows", [(63, 1), (64, 1), (VOCAB, 1), (VOCAB, 3), (4096, 5)])
+def test_logits_of_a_generated_token_are_those_of_a_linear_layer(vocab_size, rows):
+    x, weight = torch.randn(rows, 16), torch.randn(vocab_size, 16)
+    torch.testing.assert_close(next_logits(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_beyond_the_context_are_refused():
