@@ -166,7 +166,8 @@ def _convert(text: str, types: tuple):
     if word == "none" and NoneType in types:
         return None
     if bool in types:
-        return {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}.get(word, text)
+        return {"true": True, "1": True, "yes": True, "on": True,
+                "false": False, "0": False, "no": False, "off": False}.get(word, text)
     try:
         if int in types and "e" in word and float(word).is_integer():  # 1e5
             return int(float(word))

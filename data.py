@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import copy
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -40,10 +39,10 @@ SPLITS = ("train", "validation")
 # ---------------------------------------------------------------- files
 
 @contextlib.contextmanager
-def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written: written + 1, keep: Path | None = None):
+def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
     """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it was.
 
-    `needed_bytes(written)` estimates the whole size, for the message where the disk is full. The old file becomes
+    `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file becomes
     `keep`, if given. Raises UserError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def atomic_write(path: Path, needed_bytes: Callable[[int], int] = lambda written
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        needed = needed_bytes(temporary.stat().st_size if temporary.exists() else 0)
+        needed = max(size, 1 + (temporary.stat().st_size if temporary.exists() else 0))
         temporary.unlink(missing_ok=True)  # before the free space is measured
         raise write_error(path, error, needed) from error
     finally:
@@ -163,7 +162,7 @@ class BPETokenizer:
         """
         split = regex.compile(cls.PATTERN).findall
         word_counts = Counter(itertools.chain.from_iterable(map(split, stories)))
-        words = [[bytes([b]) for b in word.encode()] for word in word_counts]
+        words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in word_counts]
         counts = list(word_counts.values())
 
         pair_counts, words_with = Counter(), defaultdict(set)
@@ -193,7 +192,10 @@ class BPETokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, as a cut emoji in a JSON file; `encode` replaces it
+            return np.array(self.encode(text))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(texts)
@@ -318,7 +320,8 @@ def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[st
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DatasetUnavailable(f"reading the dataset {name!r} failed: {_first_line(error)}") from error
 
-    return {split: functools.partial(stories, split) for split in SPLITS if split in splits}
+    validation = next((split for split in ("validation", "valid", "val") if split in splits), None)
+    return {"train": lambda: stories("train")} | ({"validation": lambda: stories(validation)} if validation else {})
 
 
 def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
@@ -337,7 +340,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
         return itertools.islice(held_out, max_val_stories)
 
     def digest(story: str) -> bytes:
-        return hashlib.blake2b(story.encode(), digest_size=16).digest()
+        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
 
     seen = {digest(story) for story in validation()}
 
@@ -366,7 +369,7 @@ def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], o
 
     def encode(batch: list[str]) -> tuple[np.ndarray, int]:
         pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), end)]
-        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), sum(len(story.encode()) for story in batch)
+        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), sum(len(s.encode("utf-8", "replace")) for s in batch)
 
     stories, digest, n_threads = iter(stories), hashlib.sha256(), os.cpu_count() or 1
     n_stories = n_tokens = n_bytes = 0

@@ -393,6 +393,25 @@ def sampling_of(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
 
 
+class StreamDecoder:
+    """Turns tokens into text as they come: `decoder(token)` is the text that became complete, "" inside a character.
+
+    A character of several bytes may span tokens; until its last byte is there, decoding ends in U+FFFD and is held back.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.held = tokenizer, []
+
+    def __call__(self, token: int) -> str:
+        self.held.append(token)
+        return "" if self.tokenizer.decode(self.held).endswith("\ufffd") else self.rest()
+
+    def rest(self) -> str:
+        """Returns what is held back."""
+        text, self.held = self.tokenizer.decode(self.held), []
+        return text
+
+
 def warn_of_unknown(tokenizer, text: str) -> None:
     if unknown := tokenizer.unknown(text):
         warn(f"the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: the model sees an unknown character")
@@ -407,7 +426,7 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
         batch = prompts[first:first + BATCH_SIZE]
         texts = [f"--- {first + i} of {len(prompts)} ---\n{prompt}" if len(prompts) > 1 else prompt
                  for i, prompt in enumerate(batch, 1)]
-        held, left = [[] for _ in batch], [sampling["max_new_tokens"]] * len(batch)
+        decoders, left = [StreamDecoder(tokenizer) for _ in batch], [sampling["max_new_tokens"]] * len(batch)
 
         def show():  # the rows before the first unfinished one have been printed
             for row in range(len(batch)):
@@ -419,13 +438,9 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
         def receive(row: int, token: int):
             left[row] = 0 if token == tokenizer.eot_id else left[row] - 1
             if token != tokenizer.eot_id:
-                held[row].append(token)
-            text = tokenizer.decode(held[row])
+                texts[row] += decoders[row](token)
             if not left[row]:
-                text += "\n"
-            if not text.endswith("\ufffd"):  # a character of several bytes may span tokens: it is held until it is whole
-                texts[row] += text
-                held[row] = []
+                texts[row] += decoders[row].rest() + "\n"
             show()
 
         show()
@@ -447,7 +462,7 @@ INTERACTIVE_HELP = """Type the beginning of a story and press Enter; nothing for
   /top_p 0.9          choose among the likeliest tokens that have 90 % of the probability (none: all)
   /max_new_tokens 200
   /seed 1             make what follows reproducible
-  /help               show this and the settings
+  /settings  /help    show them, show this
 Ctrl-C ends a story, Ctrl-D leaves."""
 
 
@@ -464,12 +479,16 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
             command, _, value = line.removeprefix("/").partition(" ")
             if not line.startswith("/"):
                 tell_stories(model, tokenizer, [line] * options.num_samples, sampling_of(options), generator)
+            elif command == "help":
+                print(INTERACTIVE_HELP)
+            elif command == "settings":
+                print(", ".join(f"{name} {value}" for name, value in sampling_of(options).items()))
             elif command in SAMPLING:
                 setattr(options, command, sampling_value(command, value.strip()))
                 if command == "seed":
                     generator.manual_seed(options.seed)
             else:
-                print(INTERACTIVE_HELP, ", ".join(f"{name} {value}" for name, value in sampling_of(options).items()), sep="\n")
+                print(f"there is no command /{command}; /help lists them")
         except UserError as error:
             print(str(error).replace("--", "/", 1))
         except KeyboardInterrupt:
@@ -494,15 +513,13 @@ def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, flo
     """Returns the pieces of a text and their losses in nats; a piece is a token, or several that share a character."""
     tokens = np.array(tokenizer.encode(text))
     losses, _ = evaluate(model, tokens, tokenizer.eot_id, 1, contextlib.nullcontext)
-    pieces, held, held_loss = [], [], 0.0
-    for i, loss in enumerate(losses.tolist()):
-        held.append(tokens[i])
+    decoder, pieces, held_loss = StreamDecoder(tokenizer), [], 0.0
+    for token, loss in zip(tokens, losses.tolist()):
         held_loss += loss
-        piece = tokenizer.decode(held)
-        if not piece.endswith("\ufffd") or i == len(tokens) - 1:
+        if piece := decoder(token):
             pieces.append((piece, held_loss))
-            held, held_loss = [], 0.0
-    return pieces
+            held_loss = 0.0
+    return pieces + ([(decoder.rest(), held_loss)] if decoder.held else [])
 
 
 def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:

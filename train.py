@@ -102,8 +102,8 @@ def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    embedding = [model.embed_tokens.weight]
-    assert len(matrices) + len(norms) + 1 == len(list(model.parameters())), "the groups must partition the parameters"
+    embedding = [p for p in model.parameters() if p.ndim == 2 and id(p) not in map(id, matrices)]
+    assert len(matrices) + len(norms) + len(embedding) == len(list(model.parameters())), "the groups must partition the parameters"
     device = embedding[0].device.type
     return Muon([{"params": matrices, "muon": training.optimizer == "muon"}, {"params": embedding},
                  {"params": norms, "weight_decay": 0.0}], lr=training.learning_rate, weight_decay=training.weight_decay,
@@ -209,7 +209,7 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> N
     buffer = io.BytesIO()  # not the file itself: torch.save hides why it could not write
     torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
     content = buffer.getbuffer()
-    with atomic_write(path, lambda written: len(content), keep) as file:
+    with atomic_write(path, len(content), keep) as file:
         file.write(content)
         file.write(hashlib.sha256(content).digest())
 
@@ -229,6 +229,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
                 raise ValueError("it is smaller than its contents")
         checkpoint = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
         version = checkpoint["format"]
+        missing = {"step", "config", "tokenizer", "dataset", "model"} - checkpoint.keys()
+        if version == CHECKPOINT_FORMAT and missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # whatever zipfile and torch make of a damaged or crafted file
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({detail})") from error
@@ -251,6 +254,8 @@ def find_checkpoint(directory: Path) -> tuple[dict | None, Path | None]:
         if problems:
             log(f"WARNING: {problems[0]}; going on from {path}, update {checkpoint['step']:,}")
         return checkpoint, path
+    if not problems and (directory / "best_model.pt").exists():
+        problems.append(f"{directory} holds best_model.pt and no latest.pt")
     if problems:
         raise UserError(f"{'; '.join(problems)}; there is nothing to resume from: use --fresh, which moves the old run aside "
                         "and starts a new one, or put a checkpoint back")
@@ -507,8 +512,9 @@ class Run:
 def update(run: Run) -> tuple[Tensor, Tensor]:
     """Makes update number state.step + 1; returns its loss and gradient norm as tensors, without waiting for them."""
     training, step = run.config.training, run.state.step
+    rate = learning_rate(step, training.learning_rate, training.warmup_steps, *run.schedule())
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, training.learning_rate, training.warmup_steps, *run.schedule())
+        group["lr"] = rate
     tokens, targets = gather(run.stream, run.batches.starts(step)[run.rank::run.world], run.config.model.max_seq_len)
     dropout_seed = np.random.SeedSequence([training.seed, step, run.rank]).generate_state(1, np.uint64)[0] >> 1
     while True:

@@ -76,7 +76,7 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["training.compile=maybe"], ["training.compile", "auto, on, off"]),
     (["training.device=gpu"], ["training.device", "gpu", "cuda"]),
     (["training.batch_size=0", "training.max_steps=0"], ["training.batch_size", "training.max_steps"]),
-    (["training.batch_size=big", "training.use_amp=no"], ["'big' must be a whole number;", "'no' must be true or false"]),
+    (["training.batch_size=big", "training.use_amp=maybe"], ["'big' must be a whole number;", "'maybe' must be true or false"]),
     (["data.max_stories=all"], ["data.max_stories", "'all' must be a whole number or none"]),
     (["training.seed=-1"], ["training.seed"]),
     (["training.max_minutes=0"], ["training.max_minutes"]),

@@ -123,6 +123,12 @@ def test_half_a_surrogate_pair_in_a_prompt_is_replaced():
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
+def test_half_a_surrogate_pair_is_replaced_and_does_not_stop_the_stream():
+    tokenizer, written = BPETokenizer.train(["some text"], 260), []
+    encode_stories(["a\ud83db", "c"], tokenizer, written.append)
+    assert tokenizer.decode(np.frombuffer(b"".join(written), np.uint16)) == "a\ufffdb<|endoftext|>c<|endoftext|>"
+
+
 def test_stories_of_any_number_are_encoded_in_their_order():
     tokenizer, written = BPETokenizer.train(["some text"], 260), []
     stories = [f"Story {i}." for i in range(5000)]  # more than are in memory at once

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import eval as evaluation
 from config import Config, ModelConfig, UserError, run_main
 from data import BPETokenizer, CharTokenizer, Stream, encode_stories, prepare
-from eval import Continuation, copy_figures, load_model, loss_figures, ngrams, quality_figures, split_words
+from eval import Continuation, StreamDecoder, copy_figures, load_model, loss_figures, ngrams, quality_figures, split_words
 from model import Transformer
 from train import save_checkpoint
 
@@ -383,10 +383,24 @@ def test_the_first_unfinished_story_is_shown_live(capsys):
     assert capsys.readouterr().out == "z\n"
 
 
+@pytest.mark.parametrize("text", ["é", "naïve 😀 日本", "plain"])
+def test_a_character_of_several_tokens_appears_whole(text):
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)])  # every byte a token
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder(token) for token in tokenizer.encode(text)]
+    assert [piece for piece in pieces if piece] == list(text) and decoder.rest() == ""
+
+
+def test_bytes_that_are_no_character_are_not_lost():
+    tokenizer = BPETokenizer([bytes([b]) for b in range(256)])
+    decoder, tokens = StreamDecoder(tokenizer), [0xC3, 0x41, 0xFF, 0xC3, 0xA9, 0xF0, 0x9F]
+    assert "".join(map(decoder, tokens)) + decoder.rest() == tokenizer.decode(tokens) == "\ufffdA\ufffdé\ufffd"
+
+
 @pytest.mark.parametrize("tokens, pieces", [
     ("naïve 😀 日本".encode(), [*"naïve 😀 日", "本\n"]),
     (b"\xc3A\xff\xc3\xa9\xf0\x9f", ["\ufffdA", "\ufffdé", "\ufffd\n"])])  # bytes that are no character are not lost
-def test_a_character_of_several_tokens_appears_whole(tokens, pieces, capsys):
+def test_a_story_is_shown_in_whole_characters(tokens, pieces, capsys):
     tokenizer, shown = BPETokenizer([bytes([b]) for b in range(256)]), []  # every byte a token
 
     def generate(prompts, max_new_tokens, stream, **_):
@@ -406,11 +420,11 @@ def test_unknown_characters_of_an_opening_are_named(tmp_path, command):
 
 
 def test_interactive(checkpoint, command, monkeypatch):
-    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense", "/help", ""]
+    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense", "/settings", "/help", ""]
     code, out, _ = command("--checkpoint", checkpoint, "--interactive", stdin="\n".join(lines) + "\n")
     greedy = command("--checkpoint", checkpoint, "--generate", "Tom", "--temperature", 0, "--max_new_tokens", 4)[1]
-    assert code == 0 and greedy in out and out.count("/top_p 0.9") == 3  # at first, for a command that is none, when asked
-    assert "/temperature = -3 must be" in out and "/top_k = 0 must be" in out
+    assert code == 0 and greedy in out and out.count("/top_p 0.9") == 2
+    assert "/temperature = -3 must be" in out and "/top_k = 0 must be" in out and "no command /nonsense" in out
     assert "temperature 0.0, top_k 50, top_p None, max_new_tokens 4" in out
 
     told = []

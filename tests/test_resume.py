@@ -593,15 +593,23 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(halfway, reference):
     assert differences(folder, reference) == []
 
 
-def test_what_is_left_of_a_run_without_a_checkpoint_to_resume_is_moved_aside_too(halfway, reference):
+def test_metrics_without_a_checkpoint_are_moved_aside_too(halfway, reference):
+    folder, config = halfway
+    lines = (folder / "logs" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    assert go(config).code == 0
+    assert [p.read_bytes() for p in folder.glob("logs/old-*/metrics.jsonl")] == [lines]
+    assert differences(folder, reference) == []
+
+
+def test_best_model_alone_is_refused_and_kept(halfway):
     folder, config = halfway
     for name in ("latest.pt", "previous.pt"):
         (folder / "checkpoints" / name).unlink()
-    before = sorted(snapshot(folder / "checkpoints", folder / "logs").values())
-    assert len(before) == 3  # best_model.pt, metrics.jsonl, run.json
-    assert go(config).code == 0
-    assert sorted(p.read_bytes() for kind in ("checkpoints", "logs") for p in folder.glob(f"{kind}/old-*/*")) == before
-    assert differences(folder, reference) == []
+    before = snapshot(folder / "checkpoints", folder / "logs")
+    with pytest.raises(UserError, match="holds best_model.pt and no latest.pt; there is nothing to resume from: use --fresh"):
+        go(config)
+    assert snapshot(folder / "checkpoints", folder / "logs") == before
 
 
 def test_changes_that_are_safe_are_allowed_and_printed(halfway, capsys):
