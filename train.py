@@ -102,7 +102,8 @@ def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    embedding = [p for p in model.parameters() if p.ndim == 2 and id(p) not in map(id, matrices)]
+    in_blocks = set(matrices)
+    embedding = [p for p in model.parameters() if p.ndim == 2 and p not in in_blocks]
     assert len(matrices) + len(norms) + len(embedding) == len(list(model.parameters())), "the groups must partition the parameters"
     device = embedding[0].device.type
     return Muon([{"params": matrices, "muon": training.optimizer == "muon"}, {"params": embedding},

@@ -9,6 +9,7 @@ so a slower moment of the machine does not count against the one that happens to
 import argparse
 import contextlib
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ import model as model_module
 from config import Config
 from data import Batches, prepare
 from model import Transformer
-from train import Muon, Objective, autocast, choose_device, choose_precision, evaluate, gather, keep_freed_memory, learning_rate, train_step
+from train import Objective, autocast, choose_device, choose_precision, evaluate, gather, keep_freed_memory, learning_rate, make_optimizer, train_step
 
 
 class LayerNorm(nn.LayerNorm):
@@ -128,12 +129,7 @@ class Trial:
         for change in changes:
             change(self.model)
         self.model.to(self.device)
-        in_blocks = {p for p in self.model.layers.parameters() if p.ndim == 2}
-        groups = [{"params": [p for p in self.model.parameters() if p in in_blocks], "muon": self.training.optimizer == "muon"},
-                  {"params": [p for p in self.model.parameters() if p.ndim == 2 and p not in in_blocks]},
-                  {"params": [p for p in self.model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-        self.optimizer = Muon(groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay, betas=(0.9, 0.95),
-                              fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = make_optimizer(self.model, self.training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def context(self):
@@ -163,11 +159,11 @@ def main() -> None:
     config.apply_preset("laptop")
     config.data.dataset = options.dataset
     tokenizer, train_stream, val_stream = prepare(config)
-    stream = torch.from_numpy(train_stream.tokens.view("int16"))
+    stream = torch.from_numpy(train_stream.tokens.view("int16")).to(choose_device(config.training.device))
     batches = Batches(train_stream.tokens, config.training.batch_size, config.model.max_seq_len, options.seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        return gather(stream.to(choose_device(config.training.device)), batches.starts(step), config.model.max_seq_len)
+        return gather(stream, batches.starts(step), config.model.max_seq_len)
 
     times = {name: [] for name in options.variants}
     for step in range(6):
@@ -186,7 +182,7 @@ def main() -> None:
             trial.update(*batch(step), step, steps)
         with trial.rotation():
             losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, trial.context)
-        bits = losses.sum(dtype="float64") / torch.log(torch.tensor(2.0)).item() / val_stream.info["bytes"]
+        bits = losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"]
         parameters = sum(p.numel() for p in trial.model.parameters())
         print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {bits:.3f} |", flush=True)
 
