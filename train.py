@@ -36,7 +36,7 @@ from config import ArgumentParser, Config, TrainingConfig, UserError, config, ru
 from data import Batches, atomic_write, prepare, write_error
 from model import Transformer
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 FIXED_SETTINGS = ("model.", "data.dataset", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
                   "training.batch_size", "training.seed", "training.optimizer")  # another value makes it another run
 FELL_BACK = "WARNING: this run is on the bundled sample stories, not on TinyStories, which could not be reached when it began"
@@ -349,6 +349,16 @@ def train_step(objective: nn.Module, optimizer: Muon, scaler: torch.amp.GradScal
     return loss, grad_norm
 
 
+def average_weights(average: nn.Module, model: nn.Module, step: int) -> None:
+    """Moves `average` towards the weights of `model` after `step` updates: an exponential moving average over the last 50
+    updates, or the last tenth of them (Polyak and Juditsky 1992; Morales-Brotons et al. 2024, arXiv:2411.18704).
+
+    The averaged model is the one that is evaluated and kept. It has most of what a decayed learning rate gives, at any
+    time, so that a run that ends by itself need not know beforehand where.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), max(1 / 50, 10 / (step + 10)))
+
+
 def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> list[tuple[int, int]]:
     """Returns the (start, end) of every story, end-of-text included; stories longer than `seq_len` in pieces."""
     ends = np.union1d(np.flatnonzero(tokens == eot_id) + 1, len(tokens)).tolist()
@@ -410,6 +420,7 @@ class Run:
         # All that survives, as it is before the first update.
         torch.manual_seed(training.seed)
         self.model = Transformer(config.model, self.tokenizer.vocab_size).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.state = State()
@@ -468,7 +479,8 @@ class Run:
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Takes over a checkpoint; the settings of the optimizer are those of the config, its state the checkpoint's."""
-        self.model.load_state_dict(checkpoint["model"])
+        self.model.load_state_dict(checkpoint["weights"])
+        self.average.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.state = State(**{f.name: checkpoint[f.name] for f in dataclasses.fields(State)})
@@ -486,17 +498,18 @@ class Run:
                 os.truncate(self.metrics, self.state.metrics_bytes)
 
     def checkpoint(self) -> dict:
-        """Returns all that eval.py needs: weights, config, tokenizer, and where they come from."""
+        """Returns all that eval.py needs: averaged weights, config, tokenizer, and where they come from."""
         return {"step": self.state.step, "config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.spec(),
-                "dataset": self.dataset, "model": self.model.state_dict()}
+                "dataset": self.dataset, "model": self.average.state_dict()}
 
     def save(self) -> None:
         """Writes latest.pt; the one before becomes previous.pt. Raises UserError where a weight is not finite."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged()
         if self.rank == 0:
-            save_checkpoint(self.latest, {**self.checkpoint(), **dataclasses.asdict(self.state), "scaler": self.scaler.state_dict(),
-                                          "optimizer": self.optimizer.state_dict()["state"]}, self.previous)
+            save_checkpoint(self.latest, {**self.checkpoint(), **dataclasses.asdict(self.state), "weights": self.model.state_dict(),
+                                          "optimizer": self.optimizer.state_dict()["state"],
+                                          "scaler": self.scaler.state_dict()}, self.previous)
 
     def diverged(self) -> UserError:
         kept = f"{self.latest} is from before" if self.latest.exists() else "no checkpoint was written"
@@ -521,8 +534,9 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     while True:
         torch.manual_seed(int(dropout_seed))
         try:
-            return train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size, training.grad_clip,
-                              run.context)
+            result = train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size,
+                                training.grad_clip, run.context)
+            break
         except torch.OutOfMemoryError:
             if run.micro_batch_size == 1 or run.world > 1:
                 raise UserError(f"out of memory on {run.device} with {run.micro_batch_size} sequences at a time; use a smaller "
@@ -535,13 +549,15 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
                 raise UserError("torch.compile failed; use training.compile=off") from error
             log(f"torch.compile failed ({str(error).splitlines()[0][:100]}): going on without it")
             run.forward = run.objective
+    average_weights(run.average, run.model, step + 1)
+    return result
 
 
 def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
     """Evaluates, keeps the model if it is the best so far, writes a metrics line and tells a story."""
     state, val_loss = run.state, 0.0
     if run.rank == 0:
-        losses, _ = evaluate(run.model, run.val_tokens, run.tokenizer.eot_id, run.config.training.batch_size, run.context)
+        losses, _ = evaluate(run.average, run.val_tokens, run.tokenizer.eot_id, run.config.training.batch_size, run.context)
         val_loss = float(losses.mean(dtype=np.float64))
     val_loss = over_processes(val_loss)[0].item()
     if not math.isfinite(val_loss):
@@ -556,7 +572,7 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
         log(f"update {state.step:,}: train loss {state.train_loss:.4f}, validation loss {val_loss:.4f}"
             f"{' (best)' if better else ''}, {line['val_bits_per_byte']:.3f} bits per byte, epoch {line['epoch']:.2f}, "
             f"{tokens_per_second:,.0f} tokens/s\n"
-            f"    {tell_story(run.model, run.tokenizer, length=60).replace(chr(10), ' ')} ...")
+            f"    {tell_story(run.average, run.tokenizer, length=60).replace(chr(10), ' ')} ...")
 
 
 def write_metrics(run: Run, val_loss: float, grad_norm: float, tokens_per_second: float) -> dict:
@@ -722,8 +738,8 @@ def main() -> int:
     code = train(run, started)
     if code == 0 and run.rank == 0:
         best = load_checkpoint(run.best, run.device)
-        run.model.load_state_dict(best["model"])
-        print(f"\n{tell_story(run.model, run.tokenizer, length=400)}\n")
+        run.average.load_state_dict(best["model"])
+        print(f"\n{tell_story(run.average, run.tokenizer, length=400)}\n")
         print(f"best validation loss {best['val_loss']:.4f} (perplexity {math.exp(best['val_loss']):.2f}) at update {best['step']:,} of "
               f"{run.state.step:,}, on {best['dataset']['validation']['dataset']} with the {run.tokenizer.name} tokenizer\n"
               f"more stories: python eval.py --checkpoint {run.best} --generate \"Once upon a time\"")

@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="whatever train.py takes as data.dataset")
     parser.add_argument("--seconds", type=float, default=120, help="training time of each variant")
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339], help="of initialisation and data order")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
     keep_freed_memory()
@@ -160,31 +160,39 @@ def main() -> None:
     config.data.dataset = options.dataset
     tokenizer, train_stream, val_stream = prepare(config)
     stream = torch.from_numpy(train_stream.tokens.view("int16")).to(choose_device(config.training.device))
-    batches = Batches(train_stream.tokens, config.training.batch_size, config.model.max_seq_len, options.seed)
+    batches = {seed: Batches(train_stream.tokens, config.training.batch_size, config.model.max_seq_len, seed) for seed in options.seeds}
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        return gather(stream, batches.starts(step), config.model.max_seq_len)
+    def train(name: str, seed: int, steps: int, until: int) -> Trial:
+        trial = Trial(name, config, tokenizer.vocab_size, seed)
+        for step in range(until):
+            trial.update(*gather(stream, batches[seed].starts(step), config.model.max_seq_len), step, steps)
+        return trial
 
     times = {name: [] for name in options.variants}
-    for step in range(6):
+    for _ in range(6):
         for name in options.variants:
-            trial = Trial(name, config, tokenizer.vocab_size, options.seed)
-            trial.update(*batch(0), 0, 100)
+            trial = train(name, options.seeds[0], 100, until=1)
+            tokens, targets = gather(stream, batches[options.seeds[0]].starts(1), config.model.max_seq_len)
             start = time.perf_counter()
-            trial.update(*batch(1), 1, 100)
+            trial.update(tokens, targets, 1, 100)
             times[name].append(time.perf_counter() - start)
-    print(f"\n{options.seconds:g} s each, {torch.get_num_threads()} threads, seed {options.seed}\n\n"
-          "| | parameters | s per update | updates | bits per byte |\n|---|---|---|---|---|")
+    print(f"\n{options.seconds:g} s each, {torch.get_num_threads()} threads, seeds {options.seeds}; differences are from the first row, "
+          "seed by seed, with their standard error\n\n"
+          "| | parameters | s per update | updates | bits per byte | difference |\n|---|---|---|---|---|---|")
+    first = None
     for name in options.variants:
-        trial = Trial(name, config, tokenizer.vocab_size, options.seed)
-        steps = round(options.seconds / (seconds := statistics.median(times[name])))
-        for step in range(steps):
-            trial.update(*batch(step), step, steps)
-        with trial.rotation():
-            losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, trial.context)
-        bits = losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"]
+        steps, bits = round(options.seconds / (seconds := statistics.median(times[name]))), []
+        for seed in options.seeds:
+            trial = train(name, seed, steps, until=steps)
+            with trial.rotation():
+                losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, trial.context)
+            bits.append(losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"])
+        first = first or bits
+        differences = [b - f for b, f in zip(bits, first)]
+        error = statistics.stdev(differences) / len(bits)**0.5 if len(bits) > 1 else math.nan
         parameters = sum(p.numel() for p in trial.model.parameters())
-        print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {bits:.3f} |", flush=True)
+        print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {statistics.mean(bits):.3f} | "
+              f"{statistics.mean(differences):+.3f} ± {error:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -752,6 +752,30 @@ def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkey
     assert go(config).state.step == 25
 
 
+def test_the_kept_model_is_the_average_of_the_last_updates(tmp_path, monkeypatch):
+    seen, update = [], train.update
+
+    def watched(run):
+        result = update(run)
+        seen.append([p.detach().double().clone() for p in run.model.parameters()])
+        return result
+
+    monkeypatch.setattr(train, "update", watched)
+    config = tiny_config(tmp_path, training__max_steps=12, training__eval_interval=12)
+    with opened(config) as run:
+        average = [p.detach().double().clone() for p in run.model.parameters()]
+        assert train.train(run, time.monotonic()) == 0
+    for step, weights in enumerate(seen, 1):
+        rate = max(1 / 50, 10 / (step + 10))
+        average = [rate * w + (1 - rate) * a for w, a in zip(weights, average)]
+    latest, best = (train.load_checkpoint(path)["model"] for path in (run.latest, run.best))
+    for kept, other, expected, last in zip(latest.values(), best.values(), average, seen[-1], strict=True):
+        torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(kept, other) and not torch.equal(kept, last.float())
+    state = train.load_checkpoint(run.latest)["weights"]
+    assert all(torch.equal(w, last.float()) for w, last in zip(state.values(), seen[-1], strict=True))
+
+
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_update(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "matmul_dtype", lambda device: torch.float32)  # Muon in bfloat16 can make 1e-4 of 1e-8
     settings = dict(model__dropout=0, training__max_steps=8)
