@@ -11,7 +11,7 @@ repetitions is printed: this compares on one machine in one run, nothing else do
 
 import argparse
 import contextlib
-import functools
+import copy
 import itertools
 import json
 import os
@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 from config import PRESETS, Config
 from data import SAMPLE, BPETokenizer, encode_stories, read_stories
 from model import Transformer
-from train import Objective, autocast, choose_device, choose_precision, keep_freed_memory, make_optimizer, train_step
+from train import (
+    Objective, autocast, average_weights, choose_device, choose_precision, keep_freed_memory, make_optimizer, train_step)
 
 VOCABULARIES = {"gpt2": 50257, "bpe": 4096}
 
@@ -97,7 +98,11 @@ def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, r
     if name == "ours":
         optimizer, scaler = make_optimizer(model, config.training), torch.amp.GradScaler(device.type, enabled=False)
         forward = torch.compile(Objective(model)) if compiled else Objective(model)
-        update = functools.partial(train_step, forward, optimizer, scaler, x, y, batch_size, 1.0, context)
+        average = copy.deepcopy(model).requires_grad_(False)
+
+        def update():
+            train_step(forward, optimizer, scaler, x, y, batch_size, 1.0, context)
+            average_weights(average, model, step=1000)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type in ("cpu", "cuda"))
         forward = torch.compile(model) if compiled else model
@@ -213,8 +218,8 @@ def table(title: str, rows: dict[str, tuple], rounds: int, reference: str) -> No
 
 
 def sizes() -> None:
-    """Prints the true parameter counts, and the memory of weights, gradients and optimizer, of each preset and tokenizer."""
-    print("| | layers | width | tokenizer | vocabulary | parameters | in the blocks | weights + gradients + optimizer, MB |\n|" + "---|" * 8)
+    """Prints the true parameter counts, and the memory of weights, their average, gradients and optimizer, of each preset and tokenizer."""
+    print("| | layers | width | tokenizer | vocabulary | parameters | in the blocks | weights, average, gradients, optimizer, MB |\n|" + "---|" * 8)
     for preset, (tokenizer, vocab_size) in itertools.product(("small", "default", "large"), {"gpt2": 50257, "bpe": 4096, "char": 100}.items()):
         config = Config()
         if preset in PRESETS:
@@ -226,7 +231,7 @@ def sizes() -> None:
             p.grad = torch.zeros_like(p)
         optimizer.step()
         state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
-        total = (8 * counts["total"] + state) / 1e6
+        total = (12 * counts["total"] + state) / 1e6
         print(f"| {preset} | {config.model.n_layers} | {config.model.d_model} | {tokenizer} | {vocab_size:,} | {counts['total']:,} | "
               f"{counts['blocks']:,} | {total:,.0f} |", flush=True)
 
