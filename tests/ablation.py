@@ -189,10 +189,10 @@ def main() -> None:
             bits.append(losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"])
         first = first or bits
         differences = [b - f for b, f in zip(bits, first)]
-        error = statistics.stdev(differences) / len(bits)**0.5 if len(bits) > 1 else math.nan
+        error = f" ± {statistics.stdev(differences) / len(bits)**0.5:.3f}" if len(bits) > 1 else ""
         parameters = sum(p.numel() for p in trial.model.parameters())
         print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {statistics.mean(bits):.3f} | "
-              f"{statistics.mean(differences):+.3f} ± {error:.3f} |", flush=True)
+              f"{statistics.mean(differences):+.3f}{error} |", flush=True)
 
 
 if __name__ == "__main__":
