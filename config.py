@@ -78,7 +78,7 @@ PRESETS = {
         "training.warmup_steps": 20, "training.eval_interval": 100, "training.eval_batches": 8,
     },
     "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
-    "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536, "training.learning_rate": 3e-3},
+    "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536},
 }
 
 _SECTIONS = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
