@@ -534,9 +534,8 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
     while True:
         torch.manual_seed(int(dropout_seed))
         try:
-            result = train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size,
-                                training.grad_clip, run.context)
-            break
+            return train_step(run.forward, run.optimizer, run.scaler, tokens, targets, run.micro_batch_size, training.grad_clip,
+                              run.context)
         except torch.OutOfMemoryError:
             if run.micro_batch_size == 1 or run.world > 1:
                 raise UserError(f"out of memory on {run.device} with {run.micro_batch_size} sequences at a time; use a smaller "
@@ -549,8 +548,6 @@ def update(run: Run) -> tuple[Tensor, Tensor]:
                 raise UserError("torch.compile failed; use training.compile=off") from error
             log(f"torch.compile failed ({str(error).splitlines()[0][:100]}): going on without it")
             run.forward = run.objective
-    average_weights(run.average, run.model, step + 1)
-    return result
 
 
 def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
@@ -648,6 +645,7 @@ def train(run: Run, started: float) -> int:
     while state.step < run.schedule()[1] and not stop:
         loss, grad_norm = update(run)
         state.step += 1
+        average_weights(run.average, run.model, state.step)
         state.train_loss_count += 1
         loss_sum += loss
 
