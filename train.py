@@ -609,14 +609,22 @@ def stop_early(run: Run) -> None:
         log(f"no better loss in {patience} evaluations: the run ends here")
 
 
-def fix_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float) -> None:
-    """Sets, once, the update at which max_minutes will have passed, from the speed measured so far."""
+def expected_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float = 0.0) -> int:
+    """Returns the update at which the run ends, or will if max_minutes, not fixed yet, pass at the speed measured so far."""
     training, state = run.config.training, run.state
+    if training.max_minutes is None or state.end is not None:
+        return run.schedule()[1]
     left = 60 * training.max_minutes - state.elapsed_seconds - 2 * seconds_per_evaluation  # this one, and the last
     updates = max(1, int(left / (seconds_per_update + seconds_per_evaluation / training.eval_interval)))
-    state.end = int(over_processes(min(training.max_steps, state.step + updates))[0])
-    state.decay_start = state.end * (1 - training.decay_fraction)
-    log(f"{seconds_per_update:.3g} s per update: training.max_minutes={training.max_minutes:g} end at update {state.end:,}")
+    return min(training.max_steps, state.step + updates)
+
+
+def fix_end(run: Run, seconds_per_update: float, seconds_per_evaluation: float) -> None:
+    """Begins the decay of the rate and sets, once, the update at which max_minutes will have passed."""
+    decay_start, end = run.schedule()[0], expected_end(run, seconds_per_update, seconds_per_evaluation)
+    run.state.decay_start, run.state.end = min(decay_start, run.state.step), int(over_processes(end)[0])
+    log(f"{seconds_per_update:.3g} s per update: training.max_minutes={run.config.training.max_minutes:g} end at update "
+        f"{run.state.end:,}, and until then the learning rate decays to zero")
 
 
 def catch_signals() -> list[int]:
@@ -640,7 +648,8 @@ def train(run: Run, started: float) -> int:
     loss_sum = torch.tensor(state.train_loss_sum, device=run.device)
     bar = tqdm(total=run.schedule()[1], initial=state.step, unit=" updates", disable=run.rank > 0 or not sys.stderr.isatty())
     started -= state.elapsed_seconds  # as if one process had made all of the run
-    budget, first_step, paused, shown = 60 * (training.max_minutes or math.inf), state.step + 1, 0.0, -math.inf
+    decay_time = 60 * (training.max_minutes or math.inf) * max(0.1, 1 - training.decay_fraction)  # by then speed is known
+    first_step, paused, shown = state.step + 1, 0.0, -math.inf
     begin = line = (time.monotonic(), state.step)  # from where speed is measured: in this process, since the last metrics line
     while state.step < run.schedule()[1] and not stop:
         loss, grad_norm = update(run)
@@ -653,7 +662,7 @@ def train(run: Run, started: float) -> int:
         state.elapsed_seconds = now - started
         stop, showing, fixing = over_processes(
             signals[-1] if signals else 0, now - shown > (30 if bar.disable else 1),
-            state.end is None and state.elapsed_seconds > budget / 10 and state.step >= first_step + 3).amax(0).tolist()
+            state.end is None and state.elapsed_seconds > decay_time and state.step >= first_step + 3).amax(0).tolist()
         fixing = fixing and not stop  # an evaluation that is due is not put off: its line would be missing
         evaluating = fixing or state.step % training.eval_interval == 0 or state.step == run.schedule()[1]
         saving = stop or evaluating or state.step % training.checkpoint_interval == 0
@@ -686,14 +695,15 @@ def train(run: Run, started: float) -> int:
 
 def show_progress(run: Run, bar: tqdm, tokens_per_second: float, seconds_per_update: float) -> None:
     """Moves the bar on a terminal; prints a line in a log file, and anywhere that float16 overflowed."""
-    step, end, scale = run.state.step, run.schedule()[1], run.scaler.get_scale()
+    step, end, scale = run.state.step, expected_end(run, seconds_per_update), run.scaler.get_scale()
     if scale < run.scale:
         log(f"update {step:,}: float16 overflowed, update skipped, loss scale now {scale:g}")
     run.scale = scale
     text = f"loss {run.state.train_loss:.3f}, {tokens_per_second:,.0f} tokens/s"
     if bar.disable:
         left = timedelta(seconds=round((end - step) * seconds_per_update))
-        log(f"update {step:,} of {end:,}: {text}, {left} left")
+        about = "" if end == run.schedule()[1] else "about "
+        log(f"update {step:,} of {about}{end:,}: {text}, {left} left")
     else:
         bar.total = end
         bar.set_postfix_str(text, refresh=False)

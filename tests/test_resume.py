@@ -730,6 +730,22 @@ def test_max_minutes_fixes_the_end_once_and_the_rest_resumes_exactly(tmp_path, m
     assert metrics(tmp_path / "a")[-1]["lr"] <= config.training.learning_rate / (end - step) * 2.01  # decayed to its end
 
 
+def test_max_minutes_is_used_up_although_the_first_updates_were_slow(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+
+    def update(run, update=train.update):
+        clock.now += 7.0 if run.state.step < 4 else 1.0
+        return update(run)
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    with opened(tiny_config(tmp_path, training__max_steps=10**6, training__max_minutes=200 / 60)) as run:
+        assert train.train(run, 0.0) == 0
+    assert 0.8 * 200 < run.state.elapsed_seconds <= 200
+    rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}
+    assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0  # constant for 80 s, then down to its end
+
+
 def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkeypatch):
     def evaluate(model, tokens, *args):
         losses.append({12: 2.0}.get(run_step(), 3.0))
