@@ -108,7 +108,7 @@ def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
     device = embedding[0].device.type
     return Muon([{"params": matrices, "muon": training.optimizer == "muon"}, {"params": embedding},
                  {"params": norms, "weight_decay": 0.0}], lr=training.learning_rate, weight_decay=training.weight_decay,
-                betas=(0.9, 0.95), fused=device in ("cpu", "cuda"))
+                betas=(0.9, 0.98), fused=device in ("cpu", "cuda"))
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, decay_start: float, end: int) -> float:
@@ -595,13 +595,15 @@ def write_metrics(run: Run, val_loss: float, grad_norm: float, tokens_per_second
 
 
 def stop_early(run: Run) -> None:
-    """Lets the rate decay to zero where too many evaluations brought no better loss; if it decays already, ends the run."""
+    """Begins the decay of the rate where too many evaluations brought no better loss, as if the run had been planned to
+    begin it there; ends the run where that happens in the decay.
+    """
     state, patience = run.state, run.config.training.early_stopping_evals
     decay_start, end = run.schedule()
     if patience is None or state.evals_since_best < patience or state.step >= end:
         return
     if state.step < decay_start:
-        state.decay_start, state.end = state.step, min(end, state.step + max(1, state.step // 4))
+        state.decay_start, state.end = state.step, min(end, round(state.step / (1 - run.config.training.decay_fraction)))
         state.evals_since_best = 0
         log(f"no better loss in {patience} evaluations: the learning rate now decays to zero, until update {state.end:,}")
     else:

@@ -746,7 +746,8 @@ def test_max_minutes_is_used_up_although_the_first_updates_were_slow(tmp_path, m
     assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0  # constant for 80 s, then down to its end
 
 
-def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkeypatch):
+@pytest.mark.parametrize("decay_fraction, planned, evaluated", [(0.2, 25, [24, 25]), (0.6, 50, [24, 28])])
+def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkeypatch, decay_fraction, planned, evaluated):
     def evaluate(model, tokens, *args):
         losses.append({12: 2.0}.get(run_step(), 3.0))
         return np.full(len(tokens), losses[-1], np.float32), None
@@ -755,17 +756,19 @@ def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkey
     run_step = lambda: at["run"].state.step
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "update", lambda run, update=train.update: (at.update(run=run), update(run))[1])
-    config = tiny_config(tmp_path, training__max_steps=1000, training__early_stopping_evals=2)
-    stop_after(config, 22)  # in the decay, which begins after two evaluations that are not better, at 20
+    config = tiny_config(tmp_path, training__max_steps=1000, training__early_stopping_evals=2, training__decay_fraction=decay_fraction)
+    stopped = stop_after(config, 22)  # in the decay, which begins after two evaluations that are not better, at 20
+    assert stopped.schedule() == (20, planned)  # 20 is the part of the run before the decay
     run = go(config)
-    assert run.code == 0 and run.state.step == 25 == run.schedule()[1]
-    assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 12, 16, 20, 24, 25]
+    assert run.code == 0 and run.state.step == evaluated[-1] == run.schedule()[1]  # no better loss in the decay, either
+    assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 12, 16, 20, *evaluated]
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}
-    assert rates[20] == config.training.learning_rate and rates[24] == pytest.approx(rates[20] * 2 / 5)
-    assert rates[25] == pytest.approx(rates[20] / 5)
+    assert rates[20] == config.training.learning_rate
+    for step in evaluated:
+        assert rates[step] == pytest.approx(rates[20] * (planned - step + 1) / (planned - 20))
     best = train.load_checkpoint(run.best)
     assert (best["step"], best["val_loss"]) == (12, 2.0)
-    assert go(config).state.step == 25
+    assert go(config).state.step == evaluated[-1]
 
 
 def test_the_kept_model_is_the_average_of_the_last_updates(tmp_path, monkeypatch):
