@@ -746,6 +746,13 @@ def test_max_minutes_is_used_up_although_the_first_updates_were_slow(tmp_path, m
     assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0  # constant for 80 s, then down to its end
 
 
+@pytest.mark.parametrize("batch_size, advised", [(8, False), (32, True)])
+def test_without_a_gpu_large_updates_are_advised_against(tmp_path, capsys, batch_size, advised):
+    with opened(tiny_config(tmp_path, training__batch_size=batch_size, model__max_seq_len=256)) as run:
+        train.describe(run)
+    assert ("--preset laptop" in capsys.readouterr().err) == advised
+
+
 @pytest.mark.parametrize("decay_fraction, planned, evaluated", [(0.2, 25, [24, 25]), (0.6, 50, [24, 28])])
 def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(tmp_path, monkeypatch, decay_fraction, planned, evaluated):
     def evaluate(model, tokens, *args):
