@@ -353,8 +353,8 @@ def average_weights(average: nn.Module, model: nn.Module, step: int) -> None:
     """Moves `average` towards the weights of `model` after `step` updates: an exponential moving average over the last 50
     updates, or the last tenth of them (Polyak and Juditsky 1992; Morales-Brotons et al. 2024, arXiv:2411.18704).
 
-    The averaged model is the one that is evaluated and kept. At any time it has more than half of what a decayed learning
-    rate would give, so that the best of a run that overfits before its rate decays is not lost.
+    The averaged model is the one that is evaluated and kept. At any time it has about half of what a decayed learning rate
+    would give, so that the best of a run that overfits before its rate decays is not lost.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), max(1 / 50, 10 / (step + 10)))
 
@@ -603,7 +603,7 @@ def stop_early(run: Run) -> None:
     if patience is None or state.evals_since_best < patience or state.step >= end:
         return
     if state.step < decay_start:
-        state.decay_start, state.end = state.step, min(end, round(state.step / (1 - run.config.training.decay_fraction)))
+        state.decay_start, state.end = state.step, round(state.step / (1 - run.config.training.decay_fraction))
         state.evals_since_best = 0
         log(f"no better loss in {patience} evaluations: the learning rate now decays to zero, until update {state.end:,}")
     else:
