@@ -1,14 +1,15 @@
 """Stories -> tokenizer -> token stream -> batches.
 
-`prepare(config)` turns a dataset into two streams of uint16 tokens on disk, every story followed by end-of-text, and
-`Batches` reads training batches from one. `python data.py` prepares and describes them.
+`prepare(config)` turns a dataset into two streams of uint16 tokens on disk, every story followed by
+end-of-text, and `Batches` reads training batches from one. `python data.py` prepares and describes them.
 """
 
 import base64
+import codecs
 import concurrent.futures
 import contextlib
-import copy
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -27,6 +28,7 @@ import filelock  # comes with torch
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
+import torch
 from tqdm import tqdm
 
 from config import ArgumentParser, Config, UserError, config, run_main
@@ -36,50 +38,134 @@ SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- stories
 
-@contextlib.contextmanager
-def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
-    """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it was.
+class DatasetUnavailable(UserError):
+    """The dataset cannot be reached: `auto` falls back, a dataset named explicitly is an error."""
 
-    `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file becomes
-    `keep`, if given. Raises UserError.
+
+class TokenizerUnavailable(UserError):
+    """GPT-2's vocabulary cannot be had."""
+
+
+def reachable(url: str, seconds: float = 6) -> bool:
+    """Whether a server answers within `seconds`, whatever it answers; a name that is looked up for ever does
+    not.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    import requests  # comes with datasets; imported only where it is used
+
+    answers = []
+
+    def ask():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: not an address at all
+            answers.append(requests.head(url, timeout=seconds))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return len(answers) > 0
+
+
+def read_stories(path: Path) -> Iterator[str]:
+    """Yields the stories of a text file, which lines `<|endoftext|>` separate, stripped, without empty ones.
+    """
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        with open(path, encoding="utf-8-sig") as file:
+            for separator, lines in itertools.groupby(file, key=lambda line: line.strip() == END_OF_TEXT):
+                if not separator and (story := "".join(lines).strip()):
+                    yield story
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} after about {error.start} bytes"
+        raise UserError(f"{path} is not UTF-8 text ({place}); convert it") from error
     except OSError as error:
-        needed = max(size, 1 + (temporary.stat().st_size if temporary.exists() else 0))
-        temporary.unlink(missing_ok=True)  # before the free space is measured
-        raise write_error(path, error, needed) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def write_error(path: Path, error: OSError, needed: int = 1) -> UserError:
-    """The sentence for a file that could not be written: which, why, and how much space is missing, in bytes."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"cannot write {path}: {error.strerror or error}")
-    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are needed and "
-                     f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free; make space and run the same command again")
+def locate(name: str) -> Path | None:
+    """Returns the file or folder of a local dataset, None for one of the Hub. Raises UserError for neither.
+    """
+    path = SAMPLE if name == "sample" else Path(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
+        return path
+    if path.is_file():
+        raise UserError(f"data.dataset = {name!r} is not a .txt file; parquet or json files are read as a folder")
+    if path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
+        raise UserError(f"data.dataset = {name!r} does not exist")
+    if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
+                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
+    return None
 
 
-def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:
-    """A progress bar on standard error, for what takes longer than a second; a line now and then in a log file."""
-    return tqdm(iterable, description, total, unit=f" {unit}", delay=1, mininterval=0.2 if sys.stderr.isatty() else 30)
+def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
+    """Returns {"train": stories, "validation": stories}, functions that start an iteration; without a
+    validation split of its own only "train". `limited`: stream from the Hub, do not download all of it.
+    Raises UserError.
+    """
+    path = locate(name)
+    if path and path.is_file():
+        return {"train": lambda: read_stories(path)}
+    name = "roneneldan/TinyStories" if name == "tinystories" else name
+    wants_no_hub = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    offline = path is None and (wants_no_hub or not reachable(hub))
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before the import of `datasets`: an earlier download serves
+    import datasets  # takes a second: imported only where it is used
+
+    try:
+        splits = datasets.load_dataset(name, streaming=path is not None or (limited and not offline))
+        columns = next(iter(splits.values())).column_names
+    except Exception as error:  # datasets raises many kinds
+        reason = "no answer from the Hub and no earlier download" if offline else first_line(error)
+        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
+    if "train" not in splits or (columns is not None and "text" not in columns):
+        raise UserError(f"the dataset {name!r} must have a split 'train' with a column 'text'; it has the "
+                        f"splits {', '.join(splits)} and the columns {', '.join(columns or ['?'])}")
+
+    def stories(split: str) -> Iterator[str]:
+        try:
+            for rows in splits[split].iter(batch_size=1000):
+                yield from (story for text in rows["text"] if (story := (text or "").strip()))
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DatasetUnavailable(f"reading the dataset {name!r} failed: {first_line(error)}") from error
+
+    known = {"validation" if split in ("valid", "val") else split: split for split in splits}
+    return {split: functools.partial(stories, known[split]) for split in SPLITS if split in known}
+
+
+def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
+    """Returns two functions that start an iteration over the training and the validation stories.
+
+    Without a validation split, the last 5 % of the stories (at least one) are held out. A training story that
+    is also a validation story, word for word, is left out.
+    """
+    n_training = None  # all
+    if "validation" not in splits:
+        n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
+        n_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
+
+    def validation() -> Iterator[str]:
+        begin, first = (splits["validation"], 0) if n_training is None else (splits["train"], n_training)
+        return itertools.islice(begin(), first, None if max_val_stories is None else first + max_val_stories)
+
+    def digest(story: str) -> bytes:
+        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
+
+    seen = {digest(story) for story in validation()}
+
+    def training() -> Iterator[str]:
+        candidates = itertools.islice(splits["train"](), n_training)
+        return itertools.islice((story for story in candidates if digest(story) not in seen), max_stories)
+
+    return training, validation
 
 
 # ---------------------------------------------------------------- tokenizers
 
 class CharTokenizer:
-    """One token for each character of the training stories, then one for unknown characters, then end-of-text."""
+    """A token for each character of the training stories, then one for unknown characters, then end-of-text.
+    """
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -104,12 +190,13 @@ class CharTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def decode(self, tokens: Iterable[int]) -> str:
+        return "".join(map(self.decoder(), tokens))
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """Returns a function that turns tokens into text as they come; None ends it."""
         vocabulary = [*self.characters, "\ufffd", END_OF_TEXT]
-        return "".join(vocabulary[int(t)] for t in tokens)
+        return lambda token: "" if token is None else vocabulary[token]
 
     def unknown(self, text: str) -> list[str]:
         """Returns the characters of `text` that the tokenizer cannot represent."""
@@ -122,7 +209,7 @@ class CharTokenizer:
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless on any text.
 
-    `tokens` are byte strings in the order of their ranks; end-of-text comes after them. Encoding is tiktoken's.
+    `tokens` are byte strings in the order of their ranks; end-of-text comes last. Encoding is tiktoken's.
     """
 
     # GPT-2's split pattern; possessive, as in tiktoken: the same pieces, faster.
@@ -137,28 +224,31 @@ class BPETokenizer:
                                            special_tokens={END_OF_TEXT: self.eot_id})
 
     @classmethod
-    def gpt2(cls, data_dir: str) -> "BPETokenizer":
-        """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network. Raises TokenizerUnavailable."""
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
-        cache, host = Path(os.environ["TIKTOKEN_CACHE_DIR"]), "https://openaipublic.blob.core.windows.net"
+    def gpt2(cls, data_dir: str | Path) -> "BPETokenizer":
+        """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network.
+
+        Raises TokenizerUnavailable.
+        """
+        cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken"))))
+        host = "https://openaipublic.blob.core.windows.net"
         urls = [f"{host}/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")]
-        cached = all((cache / hashlib.sha1(url.encode()).hexdigest()).exists() for url in urls)  # tiktoken's file names
+        names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]  # tiktoken's
         try:
-            if not cached and not reachable(host):  # tiktoken has no timeout
+            if not all((cache / name).exists() for name in names) and not reachable(host):  # tiktoken has no timeout
                 raise OSError(f"{host} cannot be reached")
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
             raise TokenizerUnavailable(
-                f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({_first_line(error)}); "
+                f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({first_line(error)}); "
                 "use training.tokenizer_type=bpe, or copy tiktoken's two cache files there") from error
         return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)], "gpt2")
 
     @classmethod
     def train(cls, stories: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Returns a tokenizer of `vocab_size` tokens (256 bytes, merges, end-of-text), fewer if the text has fewer pairs.
+        """Returns a tokenizer of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
 
-        Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest pair of
-        byte strings. Counts are kept per distinct word and changed only where a merge applies.
+        Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest
+        pair of byte strings. Counts are kept per distinct word and changed only where a merge applies.
         """
         split = regex.compile(cls.PATTERN).findall
         word_counts = Counter(itertools.chain.from_iterable(map(split, stories)))
@@ -194,20 +284,25 @@ class BPETokenizer:
         """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, as a cut emoji in a JSON file; `encode` replaces it
+        except UnicodeEncodeError:  # half a surrogate pair, as in a cut emoji; `encode` replaces it
             return np.array(self.encode(text))
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._encoding.decode([int(t) for t in tokens])
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """Returns a function that turns tokens into text as they come; None ends it. A character whose bytes
+        span tokens comes with its last byte.
+        """
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        token_bytes = self._encoding.decode_single_token_bytes
+        return lambda token: decode(b"", True) if token is None else decode(token_bytes(int(token)))
 
     def unknown(self, text: str) -> list[str]:
         return []
 
     def spec(self) -> dict:
-        return {"type": self.name, "tokens": " ".join(base64.b64encode(token).decode() for token in self.ranks)}
+        return {"type": self.name, "tokens": b" ".join(map(base64.b64encode, self.ranks)).decode()}
 
 
 def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -226,150 +321,32 @@ def tokenizer_from_spec(spec: dict) -> CharTokenizer | BPETokenizer:
     return BPETokenizer([base64.b64decode(token) for token in spec["tokens"].split(" ")], spec["type"])
 
 
-def spec_hash(spec: dict) -> str:
-    """The identity of a tokenizer or of any other JSON object, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- datasets
-
-class DatasetUnavailable(UserError):
-    """The dataset cannot be reached: `auto` falls back, a dataset named explicitly is an error."""
-
-
-class TokenizerUnavailable(UserError):
-    """GPT-2's vocabulary cannot be had."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def reachable(url: str, seconds: float = 6) -> bool:
-    """Whether a server answers within `seconds`, whatever it answers; name resolution that hangs counts as no."""
-    import requests  # comes with datasets; imported only where it is used
-
-    answers = []
-
-    def ask():
-        with contextlib.suppress(OSError, ValueError):  # requests' exceptions are OSErrors; ValueError: no address at all
-            answers.append(requests.head(url, timeout=seconds))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return len(answers) > 0
-
-
-def read_stories(path: Path) -> Iterator[str]:
-    """Yields the stories of a text file, separated by lines `<|endoftext|>`, stripped, empty ones left out."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for separator, lines in itertools.groupby(file, key=lambda line: line.strip() == END_OF_TEXT):
-                if not separator and (story := "".join(lines).strip()):
-                    yield story
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} after about {error.start} bytes); convert it") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def locate(name: str) -> Path | None:
-    """Returns the file or folder of a local dataset, None for one of the Hub's. Raises UserError where it is neither."""
-    path = SAMPLE if name == "sample" else Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
-        return path
-    if path.is_file():
-        raise UserError(f"data.dataset = {name!r} is not a .txt file; parquet or json files are read as a whole folder")
-    if path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
-        raise UserError(f"data.dataset = {name!r} does not exist")
-    if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
-                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
-    return None
-
-
-def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
-    """Returns {"train": stories, "validation": stories}, functions that start an iteration; a dataset with no validation
-    split of its own has only "train". `limited`: stream from the Hub instead of downloading all of it. Raises UserError.
-    """
-    path = locate(name)
-    if path and path.is_file():
-        return {"train": lambda: read_stories(path)}
-    name = "roneneldan/TinyStories" if name == "tinystories" else name
-    offline = path is None and (os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-                                or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")))
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: an earlier download serves, at once
-    import datasets  # takes a second: imported only where it is used
-
-    try:
-        splits = datasets.load_dataset(name, streaming=path is not None or (limited and not offline))
-        columns = next(iter(splits.values())).column_names
-    except Exception as error:  # datasets raises many kinds
-        reason = "no answer from the Hub and no earlier download" if offline else _first_line(error)
-        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
-    if "train" not in splits or (columns is not None and "text" not in columns):
-        raise UserError(f"the dataset {name!r} must have a split 'train' with a column 'text'; it has the splits "
-                        f"{', '.join(splits)} and the columns {', '.join(columns or ['?'])}")
-
-    def stories(split: str) -> Iterator[str]:
-        try:
-            for rows in splits[split].iter(batch_size=1000):
-                yield from (story for text in rows["text"] if (story := (text or "").strip()))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DatasetUnavailable(f"reading the dataset {name!r} failed: {_first_line(error)}") from error
-
-    validation = next((split for split in ("validation", "valid", "val") if split in splits), None)
-    return {"train": lambda: stories("train")} | ({"validation": lambda: stories(validation)} if validation else {})
-
-
-def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
-    """Returns two functions that start an iteration over the training and the validation stories.
-
-    Without a validation split, the last 5 % of the stories (at least one) are held out. A training story that is also
-    a validation story, word for word, is left out.
-    """
-    n_training = None  # all
-    if "validation" not in splits:
-        n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
-        n_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
-
-    def validation() -> Iterator[str]:
-        held_out = splits["validation"]() if n_training is None else itertools.islice(splits["train"](), n_training, None)
-        return itertools.islice(held_out, max_val_stories)
-
-    def digest(story: str) -> bytes:
-        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
-
-    seen = {digest(story) for story in validation()}
-
-    def training() -> Iterator[str]:
-        candidates = itertools.islice(splits["train"](), n_training)
-        return itertools.islice((story for story in candidates if digest(story) not in seen), max_stories)
-
-    return training, validation
-
-
 # ---------------------------------------------------------------- token streams
 
 @dataclass
 class Stream:
     """A split as one array of tokens, every story followed by end-of-text."""
     tokens: np.ndarray  # (N,) uint16, a copy-on-write memmap
-    info: dict  # dataset, split, stories, tokens, bytes (UTF-8, of the stories), sha256 (of the tokens), tokenizer (hash)
+    info: dict  # dataset, split, stories, tokens, bytes (UTF-8), sha256 (of the tokens), tokenizer (hash)
+
+    def head(self, limit: int | None, tokenizer) -> tuple[np.ndarray, int]:
+        """Returns the first `limit` tokens, to the end of a story if one ends there, and the stories' bytes.
+        """
+        ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id)
+        tokens = np.array(self.tokens[:ends[-1] + 1 if len(ends) else limit])
+        return tokens, len(tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode())
 
 
 def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object]) -> dict:
-    """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as uint16 bytes.
-
-    Returns the counts and the hash of what was written. At most a thousand stories per core are in memory.
+    """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as
+    uint16 bytes. Returns counts and hash of what was written. A thousand stories per core are in memory.
     """
     end = np.array([tokenizer.eot_id])
 
     def encode(batch: list[str]) -> tuple[np.ndarray, int]:
         pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), end)]
-        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), sum(len(s.encode("utf-8", "replace")) for s in batch)
+        n_bytes = sum(len(story.encode("utf-8", "replace")) for story in batch)
+        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), n_bytes
 
     stories, digest, n_threads = iter(stories), hashlib.sha256(), os.cpu_count() or 1
     n_stories = n_tokens = n_bytes = 0
@@ -384,106 +361,109 @@ def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], o
     return {"stories": n_stories, "tokens": n_tokens, "bytes": n_bytes, "sha256": digest.hexdigest()}
 
 
-def _build(stem: Path, request: dict) -> tuple:
-    """Writes the two streams and, last, the JSON that describes them; returns what `_open` does."""
-    dataset, max_stories, max_val_stories = request["dataset"], request["max_stories"], request["max_val_stories"]
-    training, validation = hold_out(open_dataset(dataset, limited=max_stories is not None), max_stories, max_val_stories)
-    if request["tokenizer_type"] == "gpt2":
-        tokenizer = BPETokenizer.gpt2(stem.parent)
-    else:
-        stories = progress(training(), max_stories, "training the tokenizer", "stories")
-        tokenizer = (CharTokenizer.train(stories) if request["tokenizer_type"] == "char"
-                     else BPETokenizer.train(stories, request["bpe_vocab_size"]))
+def make_tokenizer(request: dict, data_dir: Path, stories: Callable[[], Iterator[str]]):
+    """Returns the tokenizer that a request names, trained on the stories if need be. Raises UserError."""
+    kind = request["tokenizer_type"]
+    if kind == "gpt2":
+        return BPETokenizer.gpt2(data_dir)
+    shown = progress(stories(), request["max_stories"], "training the tokenizer", "stories")
+    if kind == "bpe":
+        return BPETokenizer.train(shown, request["bpe_vocab_size"])
+    tokenizer = CharTokenizer.train(shown)
     if tokenizer.vocab_size > 2**16:
-        raise UserError(f"the {tokenizer.name} tokenizer would have {tokenizer.vocab_size:,} tokens and a stream of uint16 "
-                        f"can have {2**16:,}; use training.tokenizer_type=bpe")
-    spec, streams = tokenizer.spec(), []
+        raise UserError(f"the char tokenizer would have {tokenizer.vocab_size:,} tokens and a stream of uint16 can "
+                        f"have {2**16:,}; use training.tokenizer_type=bpe")
+    return tokenizer
+
+
+def build_streams(stem: Path, request: dict) -> None:
+    """Writes the two streams and, last, the JSON that describes them. Raises UserError."""
+    dataset, limits = request["dataset"], (request["max_stories"], request["max_val_stories"])
+    stories = hold_out(open_dataset(dataset, limited=limits[0] is not None), *limits)
+    tokenizer = make_tokenizer(request, stem.parent, stories[0])
+    spec = tokenizer.spec()
     description = {"request": request, "tokenizer": spec}
-    for split, stories, limit in zip(SPLITS, (training(), validation()), (max_stories, max_val_stories)):
-        path = Path(f"{stem}-{split}.bin")
-        with atomic_write(path) as file:
-            counts = encode_stories(progress(stories, limit, f"tokenizing {split}", "stories"), tokenizer, file.write)
+    for split, begin, limit in zip(SPLITS, stories, limits):
+        with atomic_write(Path(f"{stem}-{split}.bin")) as file:
+            shown = progress(begin(), limit, f"tokenizing {split}", "stories")
+            counts = encode_stories(shown, tokenizer, file.write)
             if not counts["stories"]:
-                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs at least two "
-                                "different ones")
-        description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": spec_hash(spec)}
-        streams.append(Stream(np.memmap(path, np.uint16, "c"), description[split]))
+                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs at "
+                                "least two different ones")
+        description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
     with atomic_write(stem.with_suffix(".json")) as file:
-        file.write(json.dumps(description | {"sha256": spec_hash(description)}, indent=1).encode())
-    return tokenizer, *streams
+        file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
 
 
-def _open(stem: Path, request: dict) -> tuple | None:
-    """Returns (tokenizer, train stream, validation stream) if they answer the request and are whole, else None."""
+def read_streams(stem: Path, request: dict) -> tuple | None:
+    """Returns (tokenizer, train stream, validation stream) if they answer the request and are whole, or None.
+    """
     try:
         description = json.loads(stem.with_suffix(".json").read_text())
-        if description.pop("sha256") != spec_hash(description) or description["request"] != request:
+        if description.pop("sha256") != json_hash(description) or description["request"] != request:
             return None
         streams = []
         for split in SPLITS:
             path = Path(f"{stem}-{split}.bin")
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != description[split]["sha256"]:
-                    return None
+            if file_hash(path) != description[split]["sha256"]:
+                return None
             streams.append(Stream(np.memmap(path, np.uint16, "c"), description[split]))
         return tokenizer_from_spec(description["tokenizer"]), *streams
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _fingerprint(dataset: str) -> str | None:
-    """What changes when a local dataset does: the hash of a file, the names, sizes and times of a folder."""
-    path = locate(dataset)
-    if path is None:
-        return None
-    if path.is_dir():
-        files = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns)
-                       for p in path.rglob("*") if p.is_file())
-        return hashlib.sha256(repr(files).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def fingerprint(dataset: str) -> list | None:
+    """What changes when a local dataset does: the names and hashes of its files."""
+    if (path := locate(dataset)) is None or path.is_file():
+        return path and [file_hash(path)]
+    return [f"{p.relative_to(path)} {file_hash(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
 
 
-def prepare(config: Config) -> tuple:
-    """Returns (tokenizer, train stream, validation stream), built where `data_dir` does not hold them yet. Raises UserError.
+def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
+    """Returns (tokenizer, train stream, validation stream), built where `data_dir` does not hold them yet.
 
-    `auto` is TinyStories; where that cannot be reached, the bundled stories, with a warning; if GPT-2's vocabulary is out
-    of reach, too, the bpe tokenizer. The streams' `info` says what they really are.
+    `auto` is what it was when the run of the checkpoint began; without one TinyStories, and where that cannot
+    be reached the bundled stories, with a warning; if GPT-2's vocabulary cannot be had either, with the bpe
+    tokenizer. The streams' `info` says what they really are. Raises UserError.
     """
-    if config.data.dataset != "auto":
-        return _prepare(config)
-    config = copy.deepcopy(config)
-    config.data.dataset = "tinystories"
+    dataset, kind = config.data.dataset, config.training.tokenizer_type
+    if dataset != "auto":
+        return prepare_streams(config, dataset, kind)
+    if checkpoint:
+        dataset, kind = checkpoint["dataset"]["train"]["dataset"], checkpoint["tokenizer"]["type"]
+        return prepare_streams(config, dataset, kind)
     try:
-        return _prepare(config)
+        return prepare_streams(config, "tinystories", kind)
     except DatasetUnavailable as error:
         reason = str(error)
-    config.data.dataset = "sample"
     try:
-        prepared = _prepare(config)
+        prepared = prepare_streams(config, "sample", kind)
     except TokenizerUnavailable as error:
-        config.training.tokenizer_type = "bpe"
-        prepared, reason = _prepare(config), f"{reason}; {error}"
+        prepared, reason = prepare_streams(config, "sample", "bpe"), f"{reason}; {error}"
     rule = "!" * 100
-    print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the project "
-          f"(data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too few to learn well from."
-          f"\n{rule}", file=sys.stderr)
+    print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the "
+          f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too few to "
+          f"learn well from.\n{rule}", file=sys.stderr)
     return prepared
 
 
-def _prepare(config: Config) -> tuple:
-    data, training = config.data, config.training
-    request = {"dataset": data.dataset, "fingerprint": _fingerprint(data.dataset), "max_stories": data.max_stories,
-               "max_val_stories": data.max_val_stories, "tokenizer_type": training.tokenizer_type}
-    kind = training.tokenizer_type
+def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
+    """`prepare` for a dataset and a type of tokenizer that are what they say."""
+    data = config.data
+    request = {"dataset": dataset, "fingerprint": fingerprint(dataset), "max_stories": data.max_stories,
+               "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
     if kind == "bpe":
-        request["bpe_vocab_size"] = training.bpe_vocab_size
-        kind += str(training.bpe_vocab_size)
-    stem = Path(data.data_dir, f"{re.sub(r'[^A-Za-z0-9]+', '-', data.dataset).strip('-')}-{kind}")
+        request["bpe_vocab_size"] = config.training.bpe_vocab_size
+        kind += str(config.training.bpe_vocab_size)
+    stem = Path(data.data_dir, f"{re.sub(r'[^A-Za-z0-9]+', '-', dataset).strip('-')}-{kind}")
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(stem.with_name(".lock")):  # several processes may prepare the same streams
-            return _open(stem, request) or _build(stem, request)
+            if not (streams := read_streams(stem, request)):
+                build_streams(stem, request)
+                streams = read_streams(stem, request)
+            return streams
     except OSError as error:
         raise write_error(stem.parent, error) from error
 
@@ -493,48 +473,139 @@ def _prepare(config: Config) -> tuple:
 class Batches:
     """Training batches as a pure function of (seed, step), so that resuming needs only the step.
 
-    In every epoch the stream is cut into non-overlapping windows at a random offset, and each window is used once.
+    In every epoch the stream is cut into non-overlapping windows at a random offset, and each is used once.
+    Of the `world` processes that share a batch, each has its own part of the windows.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int):
+    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int,
+                 device: torch.device | str = "cpu", rank: int = 0, world: int = 1):
         if len(tokens) <= seq_len:
             raise UserError(f"the training stories have {len(tokens):,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
-        self.tokens, self.batch_size, self.seq_len, self.seed = tokens, batch_size, seq_len, seed
+        self.n_tokens, self.batch_size, self.seq_len, self.seed = len(tokens), batch_size, seq_len, seed
+        self.rank, self.world = rank, world
         self.windows_per_epoch = max(1, (len(tokens) - seq_len) // seq_len)
+        self.stream = torch.from_numpy(tokens.view(np.int16)).to(device)  # torch lacks operators for uint16
         self._starts = {}
 
     def epoch(self, step: int) -> float:
-        """Returns the number of passes over the data before update `step`."""
+        """Returns the number of passes over the data before step `step`."""
         return step * self.batch_size / self.windows_per_epoch
 
-    def _epoch_starts(self, epoch: int) -> np.ndarray:
-        if epoch not in self._starts:
-            rng = np.random.default_rng([self.seed, epoch])
-            spare = len(self.tokens) - self.windows_per_epoch * self.seq_len
-            offset = rng.integers(min(self.seq_len, spare))
-            self._starts = {epoch: offset + self.seq_len * rng.permutation(self.windows_per_epoch)}
-        return self._starts[epoch]
+    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
+        device, starts = self.stream.device, torch.from_numpy(self.starts(step)[self.rank::self.world])
+        positions = starts.to(device, non_blocking=True)[:, None] + torch.arange(self.seq_len + 1, device=device)
+        windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
+        return windows[:, :-1], windows[:, 1:]
 
     def starts(self, step: int) -> np.ndarray:
-        """Returns the (B,) positions in the stream at which the sequences of update `step` begin."""
+        """Returns the (B,) positions in the stream at which the sequences of step `step` begin."""
         index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, position = np.divmod(index, self.windows_per_epoch)
         return np.array([self._epoch_starts(e)[p] for e, p in zip(epochs.tolist(), position.tolist())])
 
+    def _epoch_starts(self, epoch: int) -> np.ndarray:
+        if epoch not in self._starts:
+            rng = np.random.default_rng([self.seed, epoch])
+            spare = self.n_tokens - self.windows_per_epoch * self.seq_len
+            offset = rng.integers(min(self.seq_len, spare))
+            self._starts = {epoch: offset + self.seq_len * rng.permutation(self.windows_per_epoch)}
+        return self._starts[epoch]
+
+
+def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
+    """Returns the (start, end) of every story, (W, 2), end-of-text included; long ones in pieces of
+    `seq_len`.
+    """
+    ends = np.union1d(np.flatnonzero(tokens == eot_id) + 1, len(tokens)).tolist()
+    return np.array([(first, min(first + seq_len, end))
+                     for start, end in zip([0, *ends], ends) for first in range(start, end, seq_len)])
+
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
+    """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it
+    is.
+
+    `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file
+    becomes `keep`, if given. Raises UserError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        needed = max(size, 1 + (temporary.stat().st_size if temporary.exists() else 0))
+        temporary.unlink(missing_ok=True)  # before the free space is measured
+        raise write_error(path, error, needed) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError, needed: int = 1) -> UserError:
+    """The sentence for a file that could not be written: which, why, and how many bytes of space it needs."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"cannot write {path}: {error.strerror or error}")
+    free = shutil.disk_usage(path.parent).free / 1e6
+    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are needed "
+                     f"and {free:.1f} MB are free; make space and run the same command again")
+
+
+def append_line(path: Path, line: str) -> int:
+    """Appends a line to a file, safely on disk; returns the file's length in bytes. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value) -> str:
+    """The identity of a tokenizer's spec or of any other JSON value, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:
+    """A progress bar on standard error, for what takes over a second; a line now and then in a log file."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(iterable, description, total, unit=f" {unit}", delay=1, mininterval=interval)
+
+
+# ---------------------------------------------------------------- command line
 
 def main() -> None:
     ArgumentParser("Prepares the stories that train.py would use, and describes them.").configure(config)
     tokenizer, train, validation = prepare(config)
     for stream in (train, validation):
         info = stream.info
-        print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, {info['bytes']:,} "
-              f"bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
+        print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, "
+              f"{info['bytes']:,} bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
     print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
-    batches = Batches(train.tokens, config.training.batch_size, config.model.max_seq_len, config.training.seed)
-    start = batches.starts(0)[0]
-    print(f"\nthe first window of the first update, {batches.seq_len} tokens:\n")
-    print(tokenizer.decode(train.tokens[start:start + batches.seq_len]))
+    batches = Batches(train.tokens, 1, config.model.max_seq_len, config.training.seed)
+    print(f"\nthe first window of the first step, {batches.seq_len} tokens:\n")
+    print(tokenizer.decode(batches.at(0)[0][0].tolist()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Shapes: B batch, T time, C channels (d_model), H heads, D head size, V vocabulary, N = B*T.
 The parameters have the names of transformers' Qwen3Model, which loads `state_dict()` as it is.
+The last section has PyTorch's functions once more, faster on a CPU: a reader may take them for the originals.
 """
 
 import math
@@ -15,8 +16,11 @@ from config import ModelConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # elements of the (N, V) matrix in memory
 ATTENTION_BLOCK = 128  # queries at a time, on a CPU
 
+
+# ---------------------------------------------------------------- transformer
 
 def rotary_table(head_dim: int, length: int) -> Tensor:
     """Returns the (2, T, D) cosines and sines of the rotary angles (Su et al. 2021, arXiv:2104.09864)."""
@@ -32,71 +36,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) * weight in `dtype`, for x (..., C), weight (C) (Zhang & Sennrich 2019, arXiv:1910.07467).
-
-    Keeps only x and 1 / rms(x) for the gradients, which on a CPU take a third of the time of F.rms_norm's (torch 2.13).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, scale, weight = ctx.saved_tensors
-        normalised = x * scale
-        product = grad * normalised
-        along_x = normalised.mul_((product @ weight / x.shape[-1])[..., None])
-        grad_x = (grad * weight).sub_(along_x).mul_(scale)
-        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None, None
-
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm whose result has autocast's dtype, so that it is converted once and not by every product that reads it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if not torch.is_grad_enabled():  # half the time for a single token
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)
-        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout that on a CPU draws 16 random bits an element instead of a float: a third of the time, p to 1/65,536."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return super().forward(x)
-        bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()].view(x.shape)
-        dropped = round(self.p * 2**16)
-        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns (B, H, T, D), the attention of T queries to as many keys and values, all (B, H, T, D), and no later ones.
-
-    On a CPU in bfloat16 the fused kernel takes twice the time of plain matrix products (torch 2.13). These go over the
-    queries in blocks, so that most of what is masked is never computed.
-    """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    (B, H, T, D), blocks = q.shape, []
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (BH, T, D)
-    bias = q.new_full((T, T), -math.inf).triu(1)
-    for start in range(0, T, ATTENTION_BLOCK):
-        end = min(T, start + ATTENTION_BLOCK)
-        scores = torch.baddbmm(bias[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D ** -0.5)
-        blocks.append(scores.softmax(-1) @ v[:, :end])
-    return torch.cat(blocks, dim=1).view(B, H, T, D)
-
-
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and normalised queries and keys (arXiv:2010.04245)."""
+    """Causal multi-head attention with rotary positions and normalised queries and keys (arXiv:2010.04245).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,7 +51,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None) -> Tensor:
-        """x (B, T, C). `cache` (2, B, H, past + T, D) holds the keys and values of the past and receives x's."""
+        """Returns (B, T, C) for x (B, T, C). `cache` (2, B, H, past + T, D) has the past keys and values, and
+        gets x's.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), rope)  # (B, H, T, D)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), rope)
@@ -117,10 +61,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, -x.shape[1]:], cache[1, :, :, -x.shape[1]:] = k, v
             k, v = cache
-        if x.shape[1] == k.shape[2]:
+        new, length = x.shape[1], k.shape[2]
+        if new == length:
             y = causal_attention(q, k, v)
-        else:  # a single query, which sees all keys
-            y = F.scaled_dot_product_attention(q, k, v)
+        else:  # a query sees the past and the new keys up to its own
+            mask = None if new == 1 else torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -151,40 +97,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy of targets (N,) under the logits x (N, C) @ weight.T (C, V), which never exist at once.
-
-    The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the time of
-    F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
-    """
-    CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits at a time
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        vocab_size, loss = len(weight), torch.zeros((), device=x.device)
-        w = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64))  # kernels are fastest at a multiple of 64 rows
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(w, dtype=weight.dtype)
-        chunk = max(1, LinearCrossEntropy.CHUNK.get(x.device.type, 2**26) // len(w))
-        for i in range(0, len(x), chunk):
-            rows = slice(i, i + chunk)
-            target = targets[rows, None]
-            logits = F.linear(x[rows], w)  # (rows, V and padding)
-            logits[:, vocab_size:] = -math.inf
-            log_p = logits.log_softmax(-1, dtype=torch.float32)
-            loss -= log_p.gather(1, target).sum()
-            grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, device=x.device)).to(x.dtype)
-            grad_x[rows] = grad_logits @ w
-            grad_weight += grad_logits.mT @ x[rows]
-        ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_x, grad_weight = ctx.saved_tensors
-        scale = grad / len(grad_x)
-        return grad_x.mul_(scale), grad_weight.mul_(scale), None
-
-
 class Transformer(nn.Module):
     """`Transformer(config.model, vocab_size)(tokens)` are the logits."""
 
@@ -200,8 +112,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets every parameter: matrices normal with deviation 0.02, the two that write to the residual stream of each
-        block divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global random state.
+        """Sets every parameter: matrices normal with deviation 0.02, the two that write to the residual
+        stream of each block divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global
+        random state.
         """
         initialised = set()
         for module in self.modules():
@@ -225,7 +138,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
         """Returns the final hidden states (B, T, C) of tokens (B, T).
 
-        `cache` (n_layers, 2, B, H, length, D) holds the keys and values of `past` earlier positions and receives these.
+        `cache` (n_layers, 2, B, H, length, D) holds the keys and values of `past` earlier positions and
+        receives these.
         """
         end = past + tokens.shape[1]
         if end > self.config.max_seq_len:
@@ -247,7 +161,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
-        """Returns, for each target (B, T), its cross-entropy in nats (float32) and whether it is the likeliest token."""
+        """Returns, for each target (B, T), its cross-entropy in nats (float32) and whether it is the
+        likeliest token.
+        """
         losses, hits = [], []
         for x, y in zip(self.hidden(tokens).flatten(0, 1).split(rows), targets.flatten().split(rows)):
             logits = F.linear(x, self.embed_tokens.weight).float()
@@ -259,11 +175,13 @@ class Transformer(nn.Module):
     def generate(self, prompts: Iterable, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, eot_id: int | None = None, generator: torch.Generator | None = None,
                  stream: Callable[[int, int], object] | None = None) -> list[list[int]]:
-        """Continues B prompts (lists of tokens, or a (B, T) tensor) and returns B lists: prompt, then new tokens.
+        """Continues B prompts (lists of tokens, or a (B, T) tensor) and returns B lists: prompt, then new
+        tokens.
 
-        A row ends after `eot_id`, which it includes, or after `max_new_tokens`. `temperature` 0 is greedy; see
-        `candidates`. `stream(row, token)` is called with each new token. Keys and values are cached up to max_seq_len;
-        past it, every step is a pass over the last max_seq_len tokens. Dropout is off. Raises ValueError on an empty prompt.
+        A row ends after `eot_id`, which it includes, or after `max_new_tokens`. `temperature` 0 is greedy;
+        see `candidates`. `stream(row, token)` is called with each new token. Keys and values are cached up to
+        max_seq_len; past it, every step is a pass over the last max_seq_len tokens. Dropout is off. Raises
+        ValueError on an empty prompt.
         """
         rows = [[int(token) for token in prompt] for prompt in prompts]
         if not all(rows):
@@ -301,18 +219,7 @@ class Transformer(nn.Module):
         return rows
 
 
-def next_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns F.linear(x, weight), the logits (B, V) of x (B, C) and weight (V, C).
-
-    On a CPU as a batch of 64 products: for one row a fifth of the time, for 16 the same (torch 2.13 with MKL).
-    """
-    rows = len(weight) // 64
-    if x.device.type != "cpu" or rows == 0:
-        return F.linear(x, weight)
-    batch, rest = weight[:64 * rows].view(64, rows, -1), weight[64 * rows:]
-    logits = torch.bmm(batch, x.mT.expand(64, -1, -1)).flatten(0, 1)  # (64 rows, B)
-    return torch.cat((logits, rest @ x.mT)).mT
-
+# ---------------------------------------------------------------- sampling
 
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
@@ -324,12 +231,132 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
 
 
 def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """Returns the weights and the ids, both (B, K), of the tokens that may be drawn from logits (B, V): the softmax of the
-    logits over the temperature, of the `top_k` likeliest tokens, and of those only the likeliest that together have at
-    least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751); the others weigh zero.
+    """Returns the weights and the ids, both (B, K), of the tokens that may be drawn from logits (B, V): the
+    softmax of the logits over the temperature, of the `top_k` likeliest tokens, and of those only the
+    likeliest that together have at least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751);
+    the others weigh zero.
     """
     logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
     weights = (logits.float() / temperature).softmax(-1)
     if top_p is not None:
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
     return weights, ids
+
+
+# ---------------------------------------------------------------- the same functions, faster on a CPU
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm whose result has autocast's dtype, so that it is converted once and not by every product
+    that reads it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not torch.is_grad_enabled():  # half the time for a single token
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)
+        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight in `dtype`, for x (..., C), weight (C) (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Keeps only x and 1 / rms(x) for the gradients, which on a CPU take a third of the time of F.rms_norm's
+    (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale, weight = ctx.saved_tensors
+        normalised = x * scale
+        product = grad * normalised
+        along_x = normalised.mul_((product @ weight / x.shape[-1])[..., None])
+        grad_x = (grad * weight).sub_(along_x).mul_(scale)
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None, None
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that on a CPU draws 16 random bits an element instead of a float: a third of the time, p to
+    1/65,536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()].view(x.shape)
+        dropped = round(self.p * 2**16)
+        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns (B, H, T, D), the attention of T queries to as many keys and values, all (B, H, T, D), and no
+    later ones.
+
+    On a CPU in bfloat16 the fused kernel takes twice the time of plain matrix products (torch 2.13). These go
+    over the queries in blocks, so that most of what is masked is never computed.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    (B, H, T, D), blocks = q.shape, []
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (BH, T, D)
+    bias = q.new_full((T, T), -math.inf).triu(1)
+    for start in range(0, T, ATTENTION_BLOCK):
+        end = min(T, start + ATTENTION_BLOCK)
+        scores = torch.baddbmm(bias[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D ** -0.5)
+        blocks.append(scores.softmax(-1) @ v[:, :end])
+    return torch.cat(blocks, dim=1).view(B, H, T, D)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of targets (N,) under the logits x (N, C) @ weight.T (C, V), which never exist
+    at once.
+
+    The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the
+    time of F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        vocab_size, loss = len(weight), torch.zeros((), device=x.device)
+        w = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64))  # kernels are fastest at a multiple of 64 rows
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(w, dtype=weight.dtype)
+        chunk = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**26) // len(w))
+        for i in range(0, len(x), chunk):
+            rows = slice(i, i + chunk)
+            target = targets[rows, None]
+            logits = F.linear(x[rows], w)  # (rows, V and padding)
+            logits[:, vocab_size:] = -math.inf
+            log_p = logits.log_softmax(-1, dtype=torch.float32)
+            loss -= log_p.gather(1, target).sum()
+            grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, device=x.device)).to(x.dtype)
+            grad_x[rows] = grad_logits @ w
+            grad_weight += grad_logits.mT @ x[rows]
+        ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad / len(grad_x)
+        return grad_x.mul_(scale), grad_weight.mul_(scale), None
+
+
+def next_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns F.linear(x, weight), the logits (B, V) of x (B, C) and weight (V, C).
+
+    On a CPU as a batch of 64 products: for one row a fifth of the time, for 16 the same (torch 2.13 with
+    MKL).
+    """
+    rows = len(weight) // 64
+    if x.device.type != "cpu" or rows == 0:
+        return F.linear(x, weight)
+    batch, rest = weight[:64 * rows].view(64, rows, -1), weight[64 * rows:]
+    logits = torch.bmm(batch, x.mT.expand(64, -1, -1)).flatten(0, 1)  # (64 rows, B)
+    return torch.cat((logits, rest @ x.mT)).mT
