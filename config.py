@@ -12,10 +12,12 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType
 
 
@@ -60,7 +62,7 @@ class TrainingConfig:
     grad_clip: float = 1.0                  # largest gradient norm
     eval_interval: int = 250                # steps between evaluations
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
-    checkpoint_interval: int = 250          # steps between checkpoints
+    checkpoint_interval: int | None = None  # steps between checkpoints; none: about a minute
     early_stopping_evals: int | None = 5    # evaluations without a better loss that end it; none: never
     seed: int = 1337                        # of initialisation, data order and dropout
     use_amp: bool = True                    # mixed precision where the device is fast at it
@@ -105,8 +107,9 @@ _CHOICES = {
     "training.compile": ("auto", "on", "off"),
 }
 _RANGES = {  # field: (lowest, highest, and what is allowed besides); numbers not listed are at least 1
-    "model.dropout": (0, 0.99), "training.learning_rate": (1e-12, 10), "training.grad_clip": (1e-12, math.inf),
-    "training.warmup_steps": (0, math.inf), "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10),
+    "model.dropout": (0, 0.99), "training.learning_rate": (1e-12, 10),
+    "training.grad_clip": (1e-12, math.inf), "training.warmup_steps": (0, math.inf),
+    "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10),
     "training.max_minutes": (1e-3, math.inf), "training.bpe_vocab_size": (257, 65536),
     "training.seed": (0, 2**63 - 1), "sampling.seed": (0, 2**63 - 1),
     "sampling.temperature": (0.001, 1000, 0), "sampling.top_p": (1e-6, 1),
@@ -226,20 +229,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def configure(self, config: Config, arguments: list[str] | None = None) -> argparse.Namespace:
         """Parses the command line, applies it to `config`, which it validates; returns the other options."""
+        if "kernel" in Path(sys.argv[0]).name:  # a notebook's, whose arguments are not ours
+            arguments = arguments or []
         options = self.parse_intermixed_args(arguments)
         if options.preset:
             config.apply_preset(options.preset)
         for setting in options.settings:
             name, equals, value = setting.partition("=")
             if not equals:
-                raise UserError(f"{setting!r} is no setting; write section.field=value, as in model.n_layers=6")
+                raise UserError(f"{setting!r} is no setting; write section.field=value, as model.n_layers=6")
             config.set(name, value)
         config.validate()
         return options
 
 
 def run_main(main) -> None:
-    """Runs a script's main(); a UserError becomes one line on standard error and exit code 2."""
+    """Runs a script's main(); a UserError becomes one line on standard error and exit code 2.
+
+    A closed output is no error, and a character that an output cannot encode is replaced.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UserError as error:

@@ -49,9 +49,7 @@ class TokenizerUnavailable(UserError):
 
 
 def reachable(url: str, seconds: float = 6) -> bool:
-    """Whether a server answers within `seconds`, whatever it answers; a name that is looked up for ever does
-    not.
-    """
+    """Whether a server answers within `seconds`, whatever it answers; a name that is never found does not."""
     import requests  # comes with datasets; imported only where it is used
 
     answers = []
@@ -67,8 +65,7 @@ def reachable(url: str, seconds: float = 6) -> bool:
 
 
 def read_stories(path: Path) -> Iterator[str]:
-    """Yields the stories of a text file, which lines `<|endoftext|>` separate, stripped, without empty ones.
-    """
+    """Yields the stories of a text file, between lines `<|endoftext|>`, stripped, without empty ones."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             for separator, lines in itertools.groupby(file, key=lambda line: line.strip() == END_OF_TEXT):
@@ -82,13 +79,12 @@ def read_stories(path: Path) -> Iterator[str]:
 
 
 def locate(name: str) -> Path | None:
-    """Returns the file or folder of a local dataset, None for one of the Hub. Raises UserError for neither.
-    """
+    """Returns the file or folder of a local dataset, None for the Hub's. Raises UserError for neither."""
     path = SAMPLE if name == "sample" else Path(name)
     if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
         return path
     if path.is_file():
-        raise UserError(f"data.dataset = {name!r} is not a .txt file; parquet or json files are read as a folder")
+        raise UserError(f"data.dataset = {name!r} is no .txt file; of parquet or json files, name the folder")
     if path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
         raise UserError(f"data.dataset = {name!r} does not exist")
     if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -98,9 +94,8 @@ def locate(name: str) -> Path | None:
 
 
 def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
-    """Returns {"train": stories, "validation": stories}, functions that start an iteration; without a
-    validation split of its own only "train". `limited`: stream from the Hub, do not download all of it.
-    Raises UserError.
+    """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
+    without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     path = locate(name)
     if path and path.is_file():
@@ -164,8 +159,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
 # ---------------------------------------------------------------- tokenizers
 
 class CharTokenizer:
-    """A token for each character of the training stories, then one for unknown characters, then end-of-text.
-    """
+    """A token for each character of the training stories, then one for unknown ones, then end-of-text."""
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -234,7 +228,8 @@ class BPETokenizer:
         urls = [f"{host}/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")]
         names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]  # tiktoken's
         try:
-            if not all((cache / name).exists() for name in names) and not reachable(host):  # tiktoken has no timeout
+            cached = all((cache / name).exists() for name in names)
+            if not cached and not reachable(host):  # tiktoken has no timeout
                 raise OSError(f"{host} cannot be reached")
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
@@ -291,9 +286,7 @@ class BPETokenizer:
         return self._encoding.decode([int(t) for t in tokens])
 
     def decoder(self) -> Callable[[int | None], str]:
-        """Returns a function that turns tokens into text as they come; None ends it. A character whose bytes
-        span tokens comes with its last byte.
-        """
+        """Returns a function that turns tokens into text as they come, characters whole; None ends it."""
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         token_bytes = self._encoding.decode_single_token_bytes
         return lambda token: decode(b"", True) if token is None else decode(token_bytes(int(token)))
@@ -330,8 +323,7 @@ class Stream:
     info: dict  # dataset, split, stories, tokens, bytes (UTF-8), sha256 (of the tokens), tokenizer (hash)
 
     def head(self, limit: int | None, tokenizer) -> tuple[np.ndarray, int]:
-        """Returns the first `limit` tokens, to the end of a story if one ends there, and the stories' bytes.
-        """
+        """Returns the first `limit` tokens, up to the end of a story if one ends, and their text's bytes."""
         ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id)
         tokens = np.array(self.tokens[:ends[-1] + 1 if len(ends) else limit])
         return tokens, len(tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode())
@@ -371,8 +363,8 @@ def make_tokenizer(request: dict, data_dir: Path, stories: Callable[[], Iterator
         return BPETokenizer.train(shown, request["bpe_vocab_size"])
     tokenizer = CharTokenizer.train(shown)
     if tokenizer.vocab_size > 2**16:
-        raise UserError(f"the char tokenizer would have {tokenizer.vocab_size:,} tokens and a stream of uint16 can "
-                        f"have {2**16:,}; use training.tokenizer_type=bpe")
+        raise UserError(f"the char tokenizer would have {tokenizer.vocab_size:,} tokens, a stream can have "
+                        f"{2**16:,}; use training.tokenizer_type=bpe")
     return tokenizer
 
 
@@ -388,16 +380,15 @@ def build_streams(stem: Path, request: dict) -> None:
             shown = progress(begin(), limit, f"tokenizing {split}", "stories")
             counts = encode_stories(shown, tokenizer, file.write)
             if not counts["stories"]:
-                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs at "
-                                "least two different ones")
+                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs "
+                                "at least two different ones")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
     with atomic_write(stem.with_suffix(".json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
 
 
 def read_streams(stem: Path, request: dict) -> tuple | None:
-    """Returns (tokenizer, train stream, validation stream) if they answer the request and are whole, or None.
-    """
+    """Returns (tokenizer, train stream, validation stream) where they are whole and as requested, or None."""
     try:
         description = json.loads(stem.with_suffix(".json").read_text())
         if description.pop("sha256") != json_hash(description) or description["request"] != request:
@@ -443,8 +434,8 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
         prepared, reason = prepare_streams(config, "sample", "bpe"), f"{reason}; {error}"
     rule = "!" * 100
     print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the "
-          f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too few to "
-          f"learn well from.\n{rule}", file=sys.stderr)
+          f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too "
+          f"few to learn well from.\n{rule}", file=sys.stderr)
     return prepared
 
 
@@ -495,7 +486,8 @@ class Batches:
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
         device, starts = self.stream.device, torch.from_numpy(self.starts(step)[self.rank::self.world])
-        positions = starts.to(device, non_blocking=True)[:, None] + torch.arange(self.seq_len + 1, device=device)
+        window = torch.arange(self.seq_len + 1, device=device)
+        positions = starts.to(device, non_blocking=True)[:, None] + window
         windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
         return windows[:, :-1], windows[:, 1:]
 
@@ -515,9 +507,7 @@ class Batches:
 
 
 def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
-    """Returns the (start, end) of every story, (W, 2), end-of-text included; long ones in pieces of
-    `seq_len`.
-    """
+    """Returns the (start, end) of every story, (W, 2), end-of-text included; or of pieces of `seq_len`."""
     ends = np.union1d(np.flatnonzero(tokens == eot_id) + 1, len(tokens)).tolist()
     return np.array([(first, min(first + seq_len, end))
                      for start, end in zip([0, *ends], ends) for first in range(start, end, seq_len)])
@@ -527,8 +517,7 @@ def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
-    """Yields a binary file that becomes `path` once it is complete and on disk; until then `path` stays as it
-    is.
+    """Yields a binary file that becomes `path` once it is complete and on disk, and not before.
 
     `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file
     becomes `keep`, if given. Raises UserError.
@@ -556,8 +545,8 @@ def write_error(path: Path, error: OSError, needed: int = 1) -> UserError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
     free = shutil.disk_usage(path.parent).free / 1e6
-    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are needed "
-                     f"and {free:.1f} MB are free; make space and run the same command again")
+    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are "
+                     f"needed and {free:.1f} MB are free; make space and run the same command again")
 
 
 def append_line(path: Path, line: str) -> int:

@@ -1,8 +1,7 @@
-"""Evaluates a checkpoint: tells its stories, measures its loss, compares its stories with real ones, probes
-what it understands, shows what surprises it, draws how it learned.
+"""Evaluates a checkpoint: its stories, its loss, its stories beside real ones, what it understands, what
+surprises it, how it learned.
 
-Evaluation is in float32 whatever precision training used, so that its numbers depend on neither batch size
-nor device.
+Evaluation is in float32 whatever training used: its numbers depend on neither batch size nor device.
 """
 
 import argparse
@@ -15,7 +14,9 @@ import math
 import os
 import re
 import secrets
+import struct
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,9 +26,10 @@ import torch
 
 from config import ArgumentParser, Config, ModelConfig, UserError, config, parse_value, run_main
 from data import (
-    Stream, atomic_write, encode_stories, open_dataset, prepare, progress, story_windows, tokenizer_from_spec)
-from model import Transformer
-from train import choose_device, evaluate, load_checkpoint
+    END_OF_TEXT, Stream, atomic_write, encode_stories, open_dataset, prepare, progress, story_windows,
+    tokenizer_from_spec, write_error)
+from model import NORM_EPS, ROPE_THETA, Transformer
+from train import choose_device, evaluate, load_checkpoint, log
 
 BATCH_SIZE = 32
 PROBES = Path(__file__).parent / "data" / "probes.json"
@@ -41,6 +43,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     config, and where this machine has no such device.
     """
     path, device = Path(path), choose_device(str(device))
+    path = path / "best_model.pt" if path.is_dir() else path
     if not path.exists():
         others = "".join(f" {other}" for other in sorted(Path("checkpoints").glob("*/best_model.pt")))
         raise UserError(f"there is no checkpoint {path}: train first (python train.py), or name one with "
@@ -58,10 +61,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------- telling stories
 
 def sampling_of(options: argparse.Namespace) -> dict:
@@ -70,9 +69,7 @@ def sampling_of(options: argparse.Namespace) -> dict:
 
 
 def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
-    """Returns a generator on the model's device; without a seed a fresh one, which is printed, to be
-    repeated.
-    """
+    """Returns a generator on the model's device; without a seed a fresh one, which is printed."""
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
@@ -81,7 +78,7 @@ def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
 
 def warn_of_unknown(tokenizer, text: str) -> None:
     if unknown := tokenizer.unknown(text):
-        warn(f"the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
+        log(f"WARNING: the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
              "the model sees an unknown character")
 
 
@@ -119,7 +116,8 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
     """Reads openings and commands from standard input until its end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history
-    sys.stdin.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     generator = seeded_generator(model, options.seed)
     print(INTERACTIVE_HELP)
     while True:
@@ -152,29 +150,28 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
 def open_streams(checkpoint: dict) -> tuple[Stream, Stream]:
     """Returns the training and the validation stream of a checkpoint, prepared anew where they are gone.
 
-    Raises UserError where they cannot be had or are no longer the tokens that the checkpoint was trained
-    with.
+    Raises UserError where they cannot be had or are no longer those that the checkpoint was trained with.
     """
     _, *streams = prepare(Config.of(checkpoint["config"]), checkpoint)
     for stream in streams:
         trained = checkpoint["dataset"][stream.info["split"]]
         if stream.info["sha256"] != trained["sha256"]:
-            raise UserError(f"the {trained['split']} stories of {trained['dataset']!r} are not those of the checkpoint "
-                            f"any more (sha256 {trained['sha256'][:12]}, now {stream.info['sha256'][:12]}); "
-                            "restore them, or use --data")
+            raise UserError(f"the {trained['split']} stories of {trained['dataset']!r} are not those of the "
+                            f"checkpoint any more (sha256 {trained['sha256'][:12]}, now "
+                            f"{stream.info['sha256'][:12]}); restore them, or use --data")
     return tuple(streams)
 
 
 def read_stream(name: str, tokenizer) -> Stream:
-    """Returns the stories of any dataset or .txt file as a stream: its validation split if it has one, else
-    all of them.
-    """
+    """Returns the stories of any dataset as a stream: its validation split if it has one, else all."""
     splits, chunks = open_dataset(name, limited=True), []
-    split, stories = ("validation", splits["validation"]) if "validation" in splits else ("all", splits["train"])
-    counts = encode_stories(progress(stories(), None, "tokenizing", "stories"), tokenizer, chunks.append)
+    split = "validation" if "validation" in splits else "train"
+    stories = progress(splits[split](), None, "tokenizing", "stories")
+    counts = encode_stories(stories, tokenizer, chunks.append)
     if not counts["stories"]:
         raise UserError(f"the dataset {name!r} has no stories")
-    return Stream(np.frombuffer(b"".join(chunks), np.uint16), {"dataset": name, "split": split, **counts})
+    info = {"dataset": name, "split": split.replace("train", "all"), **counts}
+    return Stream(np.frombuffer(b"".join(chunks), np.uint16), info)
 
 
 def story_texts(tokens: np.ndarray, tokenizer) -> Iterator[str]:
@@ -206,24 +203,25 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     story_losses, lengths, n_stories = np.add.reduceat(losses, starts), ends - starts, len(starts)
     loss = losses.sum() / len(losses)
     residuals = story_losses - loss * lengths
-    stderr = math.sqrt(n_stories / (n_stories - 1) * (residuals @ residuals)) / len(losses) if n_stories > 1 else None
+    stderr = None
+    if n_stories > 1:
+        stderr = math.sqrt(n_stories / (n_stories - 1) * (residuals @ residuals)) / len(losses)
     unknown = int((tokens == tokenizer.unknown_id).sum()) if tokenizer.name == "char" else 0
     if unknown:
-        warn(f"the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they count as one unknown "
-             "character, so bits per byte is not that of a lossless code")
+        log(f"WARNING: the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they "
+            "count as one unknown character, so bits per byte is not that of a lossless code")
     windows = story_windows(tokens, eot_id, model.config.max_seq_len)
     positions = np.concatenate([np.arange(end - start) for start, end in windows])
+    bits_per_byte = losses.sum() / math.log(2) / stream.info["bytes"]
     return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": losses.sum() / math.log(2) / stream.info["bytes"], "accuracy": float(hits.mean()),
-            "unknown_characters": unknown,
+            "bits_per_byte": bits_per_byte, "accuracy": float(hits.mean()), "unknown_characters": unknown,
             "loss_by_position": loss_by(losses, positions, (0, 1, 4, 16, 64, 256)),
-            "loss_by_length": loss_by(losses, np.repeat(lengths, lengths), (1, 100, 200, 300, 400, 600, 1000))}
+            "loss_by_length": loss_by(losses, np.repeat(lengths, lengths),
+                                      (1, 100, 200, 300, 400, 600, 1000))}
 
 
 def loss_by(losses: np.ndarray, keys: np.ndarray, edges: tuple[int, ...]) -> dict[str, dict]:
-    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of the tokens whose key (N,) lies between two
-    edges.
-    """
+    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of tokens by where their key (N,) lies."""
     figures = {}
     for low, high in itertools.pairwise((*edges, math.inf)):
         inside = (keys >= low) & (keys < high)
@@ -237,8 +235,9 @@ def loss_table(results: dict) -> str:
     error = results["loss_stderr"]
     shown = "" if error is None else f" ± {error:.4f} (standard error over stories),"
     lines = [f"{results['checkpoint']}, step {results['step']:,}",
-             f"on {results['dataset']}, {results['split']}: {results['stories']:,} stories, {results['tokens']:,} tokens "
-             f"of the {results['tokenizer']} tokenizer ({results['vocab_size']:,}), {results['bytes']:,} bytes\n",
+             f"on {results['dataset']}, {results['split']}: {results['stories']:,} stories, "
+             f"{results['tokens']:,} tokens of the {results['tokenizer']} tokenizer "
+             f"({results['vocab_size']:,}), {results['bytes']:,} bytes\n",
              f"loss            {results['loss']:.4f}{shown} nats per token",
              f"perplexity      {results['perplexity']:.3f}",
              f"bits per byte   {results['bits_per_byte']:.4f}",
@@ -255,8 +254,9 @@ def loss_table(results: dict) -> str:
 OPENING_WORDS = 8
 MOST_STORIES = 64
 QUALITY = {  # figure: (row of the table, format)
-    "ended": ("end by themselves", ".1%"), "words": ("words, mean", ".1f"), "distinct_2": ("distinct 2-grams", ".1%"),
-    "repeated_4grams": ("4-grams repeated in the story", ".1%"), "self_similarity": ("similarity to another story", ".1%"),
+    "ended": ("end by themselves", ".1%"), "words": ("words, mean", ".1f"),
+    "distinct_2": ("distinct 2-grams", ".1%"), "repeated_4grams": ("4-grams repeated in the story", ".1%"),
+    "self_similarity": ("similarity to another story", ".1%"),
     "copied_4grams": ("4-grams found in training", ".1%"), "longest_copy": ("longest copy, words", ".1f"),
     "unseen_words": ("words not in training", ".2%"),
 }
@@ -283,9 +283,7 @@ def all_ngrams(stories: list[Continuation], n: int) -> list[tuple[str, ...]]:
 
 
 def opening(story: str) -> str:
-    """Returns the first words of a story, eight, or half of a shorter story; punctuation and spaces as they
-    are.
-    """
+    """Returns a story's first words, eight or half of a shorter story, with punctuation and spaces."""
     n_words = min(OPENING_WORDS, len(story.split()) // 2)
     return re.match(rf"(\s*\S+){{{n_words}}}", story)[0]
 
@@ -315,13 +313,14 @@ def quality_figures(stories: list[Continuation]) -> dict[str, float | None]:
     counts = [Counter(ngrams(story.words, 2)) for story in stories]
     similarities = [[2 * (a & b).total() / max(1, a.total() + b.total()) for b in counts if b is not a]
                     for a in counts]
-    return {"ended": _mean(story.ended for story in stories), "words": _mean(len(story.words) for story in stories),
+    return {"ended": _mean(story.ended for story in stories),
+            "words": _mean(len(story.words) for story in stories),
             "distinct_2": _share(len(set(grams)), len(grams)),
-            "repeated_4grams": _mean(_share(len(grams) - len(set(grams)), len(grams)) for grams in four_grams),
+            "repeated_4grams": _mean(_share(len(own) - len(set(own)), len(own)) for own in four_grams),
             "self_similarity": _mean(max(row, default=None) for row in similarities)}
 
 
-def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[str]) -> list[dict[str, float | None]]:
+def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[str]) -> list[dict]:
     """Returns, for each set of stories, how much of it stands in the training stories, which are read once.
 
     copied_4grams: share of the set's 4-grams that some training story has. longest_copy: the most words in a
@@ -330,7 +329,8 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
     """
     words, four_grams = ({gram for group in groups for gram in all_ngrams(group, n)} for n in (1, 4))
     seen_words, seen_four_grams = set(), set()
-    longest, longer = [0] * len(groups), [set(all_ngrams(group, 1)) for group in groups]  # longer: one word more
+    longest = [0] * len(groups)
+    longer = [set(all_ngrams(group, 1)) for group in groups]  # n-grams of one word more
     for text in training_stories:
         story = split_words(text)
         seen_words.update(words.intersection(ngrams(story, 1)))
@@ -339,13 +339,14 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
             while not longer[i].isdisjoint(ngrams(story, longest[i] + 1)):
                 longest[i] += 1
                 longer[i] = set(all_ngrams(group, longest[i] + 1))
-    return [{"copied_4grams": _mean(gram in seen_four_grams for gram in all_ngrams(group, 4)), "longest_copy": copy,
+    return [{"copied_4grams": _mean(gram in seen_four_grams for gram in all_ngrams(group, 4)),
+             "longest_copy": copy,
              "unseen_words": _mean(word not in seen_words for word in all_ngrams(group, 1))}
             for group, copy in zip(groups, longest)]
 
 
-def generation_quality(model: Transformer, tokenizer, validation: Stream, training: Stream | None, sampling: dict,
-                       seed: int) -> dict:
+def generation_quality(model: Transformer, tokenizer, validation: Stream, training: Stream | None,
+                       sampling: dict, seed: int) -> dict:
     """Returns {"model": figures, "human": figures, ...}: stories generated from the openings of validation
     stories, and what those stories really say after the same openings, cut at the same number of tokens. See
     the two functions above. Without training stories, copies are unknown.
@@ -364,12 +365,14 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
         words = split_words(tokenizer.decode(tokens[:-1] if ended else tokens))
         return Continuation(words if ended else words[:-1], ended)  # the limit may cut the last word
 
-    real = [[*tokenizer.encode(text)[len(prompt) - 1:], eot_id][:limit] for text, prompt in zip(texts, prompts)]
-    groups = [[continuation(row[len(prompt):]) for row, prompt in zip(rows, prompts)], list(map(continuation, real))]
+    real = [[*tokenizer.encode(text)[len(prompt) - 1:], eot_id] for text, prompt in zip(texts, prompts)]
+    groups = [[continuation(row[len(prompt):]) for row, prompt in zip(rows, prompts)],
+              [continuation(row[:limit]) for row in real]]
     figures, copies = map(quality_figures, groups), [{}, {}]
     if training:
         stories = story_texts(training.tokens, tokenizer)
-        copies = copy_figures(groups, progress(stories, training.info["stories"], "looking for copies", "stories"))
+        stories = progress(stories, training.info["stories"], "looking for copies", "stories")
+        copies = copy_figures(groups, stories)
     columns = dict(zip(("model", "human"), (a | b for a, b in zip(figures, copies))))
     return {**columns, "stories": len(texts), **sampling, "seed": seed}
 
@@ -389,16 +392,15 @@ def quality_table(quality: dict) -> str:
 # ---------------------------------------------------------------- probes
 
 def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) -> dict[str, dict]:
-    """Returns {group: {"accuracy", "chance", "items", "failed"}} of items {"prompt", "right", "wrong":
-    [...]}.
+    """Returns {group: {"accuracy", "chance", "items", "failed"}} of items {"prompt", "right", "wrong": []}.
 
     A continuation's score is its log-likelihood after the prompt per UTF-8 byte; an item is passed when the
-    right one scores highest. `failed` lists the others. (The groups follow Eldan & Li 2023,
-    arXiv:2305.07759.)
+    right one scores highest; `failed` lists the others. (Groups as in Eldan & Li 2023, arXiv:2305.07759.)
     """
     texts = [(item["prompt"], ending)
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
-    rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id] for prompt, ending in texts]
+    rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id]
+            for prompt, ending in texts]
     losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
                          lambda batches: progress(batches, len(batches), "probes", "batches"))
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
@@ -432,7 +434,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
     except UserError as error:
         if not options.data:
             raise
-        warn(f"{error}; copies of training stories cannot be counted")
+        log(f"WARNING: {error}; copies of training stories cannot be counted")
     if options.data:
         stream = read_stream(options.data, tokenizer)
     results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"],
@@ -453,13 +455,11 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
 
 # ---------------------------------------------------------------- losses of a text
 
-LOSS_COLOURS = (231, 230, 229, 222, 216, 209, 203, 196)  # of the 256 that terminals know, one per nat: 0-1, ..., 7 and more
+LOSS_COLOURS = (231, 230, 229, 222, 216, 209, 203, 196)  # of 256; one per nat: 0-1, ..., 7 and more
 
 
 def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, float]]:
-    """Returns the pieces of a text and their losses in nats; a piece is a token, or several that share a
-    character.
-    """
+    """Returns the pieces of a text, tokens or several that share a character, and their losses in nats."""
     tokens = np.array(tokenizer.encode(text))
     losses, _ = evaluate(model, tokens, tokenizer.eot_id, 1, contextlib.nullcontext)
     decode, pieces, held_loss = tokenizer.decoder(), [], 0.0
@@ -479,7 +479,8 @@ def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:
 
     def paint(text: str, loss: float) -> str:
         start = f"\x1b[48;5;{LOSS_COLOURS[min(int(loss), len(LOSS_COLOURS) - 1)]};38;5;16m"
-        return re.sub("[^\n]+", f"{start}\\g<0>\x1b[0m", text.replace("\n", "↵\n"))  # no colour runs on past its line
+        # No colour runs on past its line.
+        return re.sub("[^\n]+", f"{start}\\g<0>\x1b[0m", text.replace("\n", "↵\n"))
 
     legend = "".join(paint(f" {level} ", level) for level in range(len(LOSS_COLOURS)))
     print("".join(paint(*piece) for piece in pieces) + f"\n\n{legend}+ nats")
@@ -494,8 +495,9 @@ def run_inspection(model: Transformer, tokenizer, checkpoint: dict, text: str) -
     print_losses(pieces, coloured)
     total, n_tokens = sum(loss for _, loss in pieces), len(tokenizer.encode(text))
     mean, n_bytes = total / n_tokens, len(text.encode("utf-8", "replace"))
-    print(f"\n{n_tokens:,} tokens of the {tokenizer.name} tokenizer, {checkpoint['dataset']['train']['dataset']} model: "
-          f"loss {mean:.3f} nats per token, perplexity {math.exp(min(700, mean)):.2f}, "
+    dataset = checkpoint["dataset"]["train"]["dataset"]
+    print(f"\n{n_tokens:,} tokens of the {tokenizer.name} tokenizer, {dataset} model: loss {mean:.3f} nats "
+          f"per token, perplexity {math.exp(min(700, mean)):.2f}, "
           f"{total / math.log(2) / n_bytes:.3f} bits per byte")
 
 
@@ -521,12 +523,12 @@ def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
                 rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no metrics yet: they come with the first evaluation of a run")
-    return {name: np.array([row.get(name) for row in rows], float) for name in ("step", "train_loss", *PANELS)}
+    names = ("step", "train_loss", *PANELS)
+    return {name: np.array([row.get(name) for row in rows], float) for name in names}
 
 
 def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
-    """Draws a run's metrics into {metric: axes}; a star marks the evaluation with the lowest validation loss.
-    """
+    """Draws a run's metrics into {metric: axes}; a star marks the lowest validation loss."""
     run, label = read_metrics(log_dir), str(log_dir)
     steps, losses = run["step"], run["val_loss"]
     style = {"color": colour, "marker": "." if len(steps) < 20 else ""}
@@ -540,9 +542,7 @@ def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
 
 
 def plot_training(log_dirs: list[Path]) -> Path:
-    """Draws the training curves of one run or several over each other; returns the PNG, in the first one's
-    folder.
-    """
+    """Draws the training curves of one run or several; returns the PNG, in the first one's folder."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.4), layout="constrained")
@@ -554,7 +554,6 @@ def plot_training(log_dirs: list[Path]) -> Path:
         axes.set_title(PANELS[name], loc="left", fontsize=11)
         axes.set(xlabel="step", xlim=(0, None))
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="x", nbins=4, integer=True)
         if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not where every value is missing
             axes.set_yscale("log")
@@ -570,51 +569,200 @@ def plot_training(log_dirs: list[Path]) -> Path:
     return path
 
 
+# ---------------------------------------------------------------- export
+
+# Both formats write bytes as GPT-2 does: those that are not printable in Latin-1 have a stand-in.
+STAND_INS = {byte: 256 + i for i, byte in enumerate((*range(33), *range(127, 161), 173))}
+FOLDER_USE = """from transformers import pipeline
+print(pipeline("text-generation", "{}")("Once upon a time")[0]["generated_text"])"""
+GGUF_USE = """llama-completion -m "{0}" -no-cnv --top-k 50 --top-p 1 --min-p 0 -p "Once upon a time"
+llama-server -m "{0}"    # and its /v1/completions"""
+GGUF_SETTINGS = dict(re.findall(r"(\S+)=(\S+)", """
+    context_length=max_position_embeddings embedding_length=hidden_size block_count=num_hidden_layers
+    feed_forward_length=intermediate_size attention.head_count=num_attention_heads
+    attention.head_count_kv=num_key_value_heads attention.key_length=head_dim attention.value_length=head_dim
+    attention.layer_norm_rms_epsilon=rms_norm_eps rope.freq_base=rope_theta"""))  # its name in config.json
+GGUF_NAMES = dict(re.findall(r"(\S+)=(\S*)", """
+    layers=blk embed_tokens=token_embd norm=output_norm self_attn= mlp= input_layernorm=attn_norm
+    q_proj=attn_q k_proj=attn_k v_proj=attn_v o_proj=attn_output q_norm=attn_q_norm k_norm=attn_k_norm
+    post_attention_layernorm=ffn_norm gate_proj=ffn_gate up_proj=ffn_up down_proj=ffn_down"""))
+
+
+def bpe_vocabulary(tokenizer) -> tuple[dict[str, int], list[str]]:
+    """Returns the ids of a BPE tokenizer's tokens and its merges "left right", the first first."""
+    ids = {token.decode("latin-1").translate(STAND_INS): i for token, i in tokenizer.ranks.items()}
+    # Any two tokens that make a third are a merge, as in tiktoken.
+    splits = ((token[:i], token[i:]) for token in ids for i in range(1, len(token)))
+    merges = [f"{left} {right}" for left, right in splits if left in ids and right in ids]
+    return ids | {END_OF_TEXT: tokenizer.eot_id}, merges
+
+
+def tokenizer_json(tokenizer) -> dict:
+    """Returns tokenizer.json. A text begins with end-of-text, as in training."""
+    eot, begin = tokenizer.eot_id, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    if tokenizer.name == "char":
+        characters = [*tokenizer.characters, "<unk>", END_OF_TEXT]
+        model = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {c: i for i, c in enumerate(characters)}}
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        decoder = {"type": "Fuse"}
+    else:
+        ids, merges = bpe_vocabulary(tokenizer)
+        model = {"type": "BPE", "vocab": ids, "merges": merges}
+        split = decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return {"model": model, "pre_tokenizer": split, "decoder": decoder,
+            "added_tokens": [{"id": eot, "content": END_OF_TEXT, "special": True, "normalized": False,
+                              "single_word": False, "lstrip": False, "rstrip": False}],
+            "post_processor": {
+                "type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
+                "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [eot], "tokens": [END_OF_TEXT]}}}}
+
+
+def transformers_files(model: Transformer, tokenizer) -> dict[str, dict]:
+    """Returns the JSON files of a folder for transformers, its versions 4 and 5."""
+    c = model.config
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    return {
+        "config.json": ends | {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32",
+            "vocab_size": model.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
+            "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_heads,
+            "head_dim": c.d_model // c.n_heads, "intermediate_size": c.d_ff,
+            "max_position_embeddings": c.max_seq_len, "rms_norm_eps": NORM_EPS, "rope_theta": ROPE_THETA,
+            "tie_word_embeddings": True},
+        "generation_config.json": ends | {"do_sample": True, "temperature": config.sampling.temperature,
+                                          "top_k": config.sampling.top_k},
+        "tokenizer.json": tokenizer_json(tokenizer),
+        # Without this file AutoTokenizer takes, in silence, a class that changes Unicode.
+        "tokenizer_config.json": dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.max_seq_len,
+            "model_input_names": ["input_ids", "attention_mask"], "padding_side": "left",
+            "clean_up_tokenization_spaces": False}}
+
+
+def safetensors(weights: dict[str, np.ndarray]) -> bytes:
+    """Returns a .safetensors file: the length of its header, the header, the numbers."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, array in weights.items():
+        start, end = end, end + array.nbytes
+        header[f"model.{name}"] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(weights.values())
+
+
+def gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_value(value) -> bytes:
+    """Returns the number of a value's type, and the value. Lists are of strings, arrays of int32."""
+    match value:
+        case str():
+            return struct.pack("<I", 8) + gguf_text(value)
+        case list():
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(gguf_text, value))
+        case np.ndarray():
+            return struct.pack("<IIQ", 9, 5, len(value)) + value.astype(np.int32).tobytes()
+    return struct.pack(*{int: ("<II", 4), float: ("<If", 6), bool: ("<I?", 7)}[type(value)], value)
+
+
+def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
+    """Returns a .gguf file: metadata, the tensors' names and shapes, their numbers; matrices are float16."""
+    ids, merges = bpe_vocabulary(tokenizer)
+    fields = {"general.architecture": "qwen3", "general.file_type": 1,  # mostly float16
+              **{f"qwen3.{name}": config[setting] for name, setting in GGUF_SETTINGS.items()},
+              "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+              "tokenizer.ggml.tokens": list(ids), "tokenizer.ggml.merges": merges,
+              "tokenizer.ggml.token_type": np.repeat((1, 3), (len(ids) - 1, 1)),  # normal; control
+              "tokenizer.ggml.bos_token_id": tokenizer.eot_id, "tokenizer.ggml.add_bos_token": True,
+              "tokenizer.ggml.eos_token_id": tokenizer.eot_id}
+    head, data = struct.pack("<4sIQQ", b"GGUF", 3, len(weights), len(fields)), bytearray()
+    head += b"".join(gguf_text(name) + gguf_value(value) for name, value in fields.items())
+    for name, array in weights.items():
+        name = ".".join(filter(None, (GGUF_NAMES.get(part, part) for part in name.split("."))))
+        half, shape = array.ndim > 1, array.shape[::-1]
+        head += gguf_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, half, len(data))
+        data += array.astype(np.float16 if half else np.float32).tobytes()
+        data += bytes(-len(data) % 32)
+    return head + bytes(-len(head) % 32) + data
+
+
+def export(model: Transformer, tokenizer, target: str) -> str:
+    """Writes a file for llama.cpp where `target` ends in .gguf, else a folder for transformers, and returns
+    the lines that use it. Raises UserError where it exists, cannot be written or cannot hold the tokenizer.
+    """
+    path, settings = Path(target), transformers_files(model, tokenizer)
+    weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists: move it away, or choose another name")
+    if path.suffix != ".gguf":
+        files = {name: json.dumps(value, indent=1).encode() for name, value in settings.items()}
+        files["model.safetensors"] = safetensors(weights)
+    elif tokenizer.name == "char":
+        raise UserError("llama.cpp has no char tokenizer: export a folder (a name without .gguf)")
+    else:
+        files = {"": gguf(settings["config.json"], tokenizer, weights)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+            finished = Path(folder, path.name)
+            for name, content in files.items():
+                with atomic_write(finished / name, len(content)) as file:
+                    file.write(content)
+            finished.rename(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return (GGUF_USE if path.suffix == ".gguf" else FOLDER_USE).format(path.as_posix())
+
+
 # ---------------------------------------------------------------- command line
 
 DESCRIPTION = """Evaluates a checkpoint, tells stories with it, draws how it learned.
 
   python eval.py                                                 all about checkpoints/best_model.pt
   python eval.py --checkpoint checkpoints/quick/best_model.pt    about another one
-  python eval.py --data my_stories.txt                           on another text (stories separated by lines <|endoftext|>)
+  python eval.py --data my_stories.txt                           on other stories
   python eval.py --generate "Once upon a time" "The little girl"
   python eval.py --interactive                                   type openings, watch the stories appear
   python eval.py --inspect "Once upon a time there was a cat."   what surprises the model
   python eval.py --plot logs/a logs/b                            compare two runs
+  python eval.py --export my-model                               for transformers, as .gguf for llama.cpp
 
-Without --generate, --interactive, --inspect or --plot: loss, perplexity, bits per byte and accuracy on all validation
-stories, understanding probes, and generated stories beside real ones. Results go to standard output, progress to standard
-error."""
+Without one of these: loss, perplexity, bits per byte and accuracy on all validation stories, understanding
+probes, and generated stories beside real ones. Results go to standard output, progress to standard error."""
 
 
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(DESCRIPTION, settings=False)
     parser.add_argument("--checkpoint", metavar="FILE", help="default: checkpoints/best_model.pt")
-    parser.add_argument("--data", metavar="NAME", help="evaluate on a .txt file or any dataset that train.py takes; "
-                        "default: the checkpoint's validation stories")
+    parser.add_argument("--data", metavar="NAME", help="evaluate on a .txt file or any dataset that train.py "
+                        "takes; default: the checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--json", action="store_true", help="print the evaluation as one JSON object")
     modes.add_argument("--generate", nargs="+", metavar="OPENING", help='tell stories; "" is allowed')
     modes.add_argument("--interactive", action="store_true", help="tell stories as you type openings")
     modes.add_argument("--inspect", metavar="TEXT", help="print the text, each token coloured by its loss")
-    modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or several "
-                       "into the first folder; default: the logs of --checkpoint, or logs/")
+    modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or "
+                       "several into the first folder; default: the logs of --checkpoint, or logs/")
+    modes.add_argument("--export", metavar="NAME", help="write a folder for transformers, or where NAME ends "
+                       "in .gguf a file for llama.cpp")
     for name, default in dataclasses.asdict(config.sampling).items():
-        kind = functools.partial(parse_value, f"sampling.{name}")
-        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar="N", type=kind,
-                            default=default, help=f"default: {str(default).lower()}")
-    parser.add_argument("--device", default="auto", metavar="NAME", type=functools.partial(parse_value, "training.device"),
-                        help="auto, cpu, cuda, cuda:1, mps; default: auto")
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*names, metavar="N", default=default, help=f"default: {str(default).lower()}",
+                            type=functools.partial(parse_value, f"sampling.{name}"))
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps",
+                        type=lambda text: choose_device(parse_value("training.device", text)))
     options = parser.parse_args()
-    story_mode = options.generate or options.interactive or options.inspect is not None or options.plot is not None
-    if options.data and story_mode:
-        raise UserError("--data is for an evaluation: leave --generate, --interactive, --inspect and --plot out")
+    others = (options.generate, options.interactive or None, options.inspect, options.plot, options.export)
+    if options.data and any(other is not None for other in others):
+        raise UserError("--data is for an evaluation: leave --generate, --interactive, --inspect, --plot and "
+                        "--export out, or --data")
     return options
 
 
 def main() -> None:
     options = parse_options()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a story
     if options.plot is not None:
         saved = load_checkpoint(Path(options.checkpoint)) if options.checkpoint and not options.plot else None
         log_dirs = options.plot or [saved["config"]["training"]["log_dir"] if saved else "logs"]
@@ -629,6 +777,8 @@ def main() -> None:
         interact(model, tokenizer, options)
     elif options.inspect is not None:
         run_inspection(model, tokenizer, checkpoint, options.inspect)
+    elif options.export is not None:
+        print(export(model, tokenizer, options.export))
     else:
         run_evaluation(model, tokenizer, checkpoint, options)
 

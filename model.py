@@ -17,6 +17,7 @@ from config import ModelConfig
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # elements of the (N, V) matrix in memory
+SCATTERS = ("cpu",)  # devices that are faster at changing the target's gradient in place
 ATTENTION_BLOCK = 128  # queries at a time, on a CPU
 
 
@@ -25,7 +26,7 @@ ATTENTION_BLOCK = 128  # queries at a time, on a CPU
 def rotary_table(head_dim: int, length: int) -> Tensor:
     """Returns the (2, T, D) cosines and sines of the rotary angles (Su et al. 2021, arXiv:2104.09864)."""
     frequencies = ROPE_THETA ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
-    angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)  # (T, D), half-split: the halves turn together
+    angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)  # (T, D), half-split: twice the same
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -37,8 +38,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and normalised queries and keys (arXiv:2010.04245).
-    """
+    """Causal multi-head attention, rotary positions, normalised queries and keys (arXiv:2010.04245)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -51,9 +51,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=NORM_EPS)
 
     def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None) -> Tensor:
-        """Returns (B, T, C) for x (B, T, C). `cache` (2, B, H, past + T, D) has the past keys and values, and
-        gets x's.
-        """
+        """Returns (B, T, C). `cache` (2, B, H, past + T, D) holds keys and values and receives those of x."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), rope)  # (B, H, T, D)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), rope)
@@ -61,12 +59,14 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, -x.shape[1]:], cache[1, :, :, -x.shape[1]:] = k, v
             k, v = cache
-        new, length = x.shape[1], k.shape[2]
-        if new == length:
+        past = k.shape[2] - x.shape[1]
+        if past == 0:
             y = causal_attention(q, k, v)
-        else:  # a query sees the past and the new keys up to its own
-            mask = None if new == 1 else torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
-            y = F.scaled_dot_product_attention(q, k, v, mask)
+        elif x.shape[1] == 1:  # a single query, which sees all keys
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            seen = torch.ones(x.shape[1], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
+            y = F.scaled_dot_product_attention(q, k, v, seen)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -107,14 +107,14 @@ class Transformer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=NORM_EPS)
-        self.register_buffer("rope", rotary_table(config.d_model // config.n_heads, config.max_seq_len), persistent=False)
+        rope = rotary_table(config.d_model // config.n_heads, config.max_seq_len)
+        self.register_buffer("rope", rope, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets every parameter: matrices normal with deviation 0.02, the two that write to the residual
-        stream of each block divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global
-        random state.
+        """Sets every parameter: matrices normal with deviation 0.02, those that write to the residual stream
+        divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global random state.
         """
         initialised = set()
         for module in self.modules():
@@ -138,8 +138,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, cache: Tensor | None = None, past: int = 0) -> Tensor:
         """Returns the final hidden states (B, T, C) of tokens (B, T).
 
-        `cache` (n_layers, 2, B, H, length, D) holds the keys and values of `past` earlier positions and
-        receives these.
+        `cache` (n_layers, 2, B, H, length, D) holds those of `past` earlier positions and receives these.
         """
         end = past + tokens.shape[1]
         if end > self.config.max_seq_len:
@@ -161,9 +160,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
-        """Returns, for each target (B, T), its cross-entropy in nats (float32) and whether it is the
-        likeliest token.
-        """
+        """Returns each target's (B, T) cross-entropy in nats, float32, and whether it is the likeliest."""
         losses, hits = [], []
         for x, y in zip(self.hidden(tokens).flatten(0, 1).split(rows), targets.flatten().split(rows)):
             logits = F.linear(x, self.embed_tokens.weight).float()
@@ -230,7 +227,8 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     return ids.gather(-1, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
 
 
-def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, temperature: float, top_k: int | None,
+               top_p: float | None) -> tuple[Tensor, Tensor]:
     """Returns the weights and the ids, both (B, K), of the tokens that may be drawn from logits (B, V): the
     softmax of the logits over the temperature, of the `top_k` likeliest tokens, and of those only the
     likeliest that together have at least `top_p` of the probability (Holtzman et al. 2019, arXiv:1904.09751);
@@ -246,9 +244,7 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
 # ---------------------------------------------------------------- the same functions, faster on a CPU
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm whose result has autocast's dtype, so that it is converted once and not by every product
-    that reads it.
-    """
+    """nn.RMSNorm whose result has autocast's dtype, converted once and not by every product that reads it."""
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -261,8 +257,7 @@ class RMSNorm(nn.RMSNorm):
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * weight in `dtype`, for x (..., C), weight (C) (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    Keeps only x and 1 / rms(x) for the gradients, which on a CPU take a third of the time of F.rms_norm's
-    (torch 2.13).
+    Keeps only x and 1 / rms(x) for the gradients: on a CPU a third of the time of F.rms_norm's (torch 2.13).
     """
 
     @staticmethod
@@ -277,27 +272,27 @@ class RMSNormFunction(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         normalised = x * scale
         product = grad * normalised
-        along_x = normalised.mul_((product @ weight / x.shape[-1])[..., None])
+        with torch.autocast(x.device.type, enabled=False):  # which, compiled, would be forward's
+            share = product @ weight / x.shape[-1]
+        along_x = normalised.mul_(share[..., None])
         grad_x = (grad * weight).sub_(along_x).mul_(scale)
         return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None, None
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout that on a CPU draws 16 random bits an element instead of a float: a third of the time, p to
-    1/65,536.
-    """
+    """nn.Dropout that on a CPU draws 16 random bits an element, not a float: a third of the time."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()].view(x.shape)
+        bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()]
         dropped = round(self.p * 2**16)
-        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+        kept = bits.view(x.shape) >= dropped - 2**15
+        return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns (B, H, T, D), the attention of T queries to as many keys and values, all (B, H, T, D), and no
-    later ones.
+    """Returns (B, H, T, D): the attention of queries to keys and values that are not later, all (B, H, T, D).
 
     On a CPU in bfloat16 the fused kernel takes twice the time of plain matrix products (torch 2.13). These go
     over the queries in blocks, so that most of what is masked is never computed.
@@ -315,8 +310,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy of targets (N,) under the logits x (N, C) @ weight.T (C, V), which never exist
-    at once.
+    """The mean cross-entropy of targets (N,) under logits x (N, C) @ weight.T, which never exist at once.
 
     The gradients are computed with the loss, chunk by chunk, so that nothing of size N x V is kept. Half the
     time of F.linear_cross_entropy, whose loss is, besides, off by up to 0.06 nats in bfloat16 (torch 2.13).
@@ -325,7 +319,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         vocab_size, loss = len(weight), torch.zeros((), device=x.device)
-        w = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64))  # kernels are fastest at a multiple of 64 rows
+        w = F.pad(weight.to(x.dtype), (0, 0, 0, -vocab_size % 64))  # a multiple of 64 rows is fastest
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(w, dtype=weight.dtype)
         chunk = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**26) // len(w))
         for i in range(0, len(x), chunk):
@@ -335,7 +329,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf
             log_p = logits.log_softmax(-1, dtype=torch.float32)
             loss -= log_p.gather(1, target).sum()
-            grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, device=x.device)).to(x.dtype)
+            if x.device.type in SCATTERS:
+                grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0))
+            else:  # what torch.compile makes one kernel of
+                grad_logits = log_p.exp() - (torch.arange(len(w), device=x.device) == target).float()
+            grad_logits = grad_logits.to(x.dtype)
             grad_x[rows] = grad_logits @ w
             grad_weight += grad_logits.mT @ x[rows]
         ctx.save_for_backward(grad_x, grad_weight[:vocab_size])
@@ -351,8 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def next_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Returns F.linear(x, weight), the logits (B, V) of x (B, C) and weight (V, C).
 
-    On a CPU as a batch of 64 products: for one row a fifth of the time, for 16 the same (torch 2.13 with
-    MKL).
+    On a CPU as a batch of 64 products: for one row a fifth of the time, for 16 the same (torch 2.13, MKL).
     """
     rows = len(weight) // 64
     if x.device.type != "cpu" or rows == 0:

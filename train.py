@@ -15,7 +15,9 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -35,7 +37,7 @@ from config import ArgumentParser, Config, SamplingConfig, TrainingConfig, UserE
 from data import Batches, append_line, atomic_write, first_line, prepare, story_windows, write_error
 from model import Transformer
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT, READABLE_FORMATS = 3, (2, 3)  # a best_model.pt of format 2 is the same
 FIXED = ("model.", "data.dataset", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
          "training.batch_size", "training.seed", "training.optimizer",
          "the sha256", "the tokenizer")  # another value makes it another run
@@ -45,7 +47,7 @@ FELL_BACK = "WARNING: this run is on the bundled sample stories, since TinyStori
 # ---------------------------------------------------------------- device, precision, processes
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """Returns bfloat16 where the device multiplies it faster than float32; else float16 on CUDA, or float32."""
+    """Returns bfloat16 where it is faster than float32 on the device, else float16 on CUDA, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -75,11 +77,27 @@ def choose_precision(device: torch.device, use_amp: bool) -> tuple[torch.dtype, 
     return dtype, reasons[dtype]
 
 
+def idle_gpu() -> str | None:
+    """Returns why torch cannot use the NVIDIA GPU of this machine, and what to do, or None."""
+    if torch.cuda.is_available() or not (command := shutil.which("nvidia-smi")):
+        return None
+    if "GPU" not in subprocess.run([command, "-L"], capture_output=True, text=True).stdout:
+        return None
+    if torch.version.cuda is None:
+        version = torch.__version__.split("+")[0]
+        return (f"this torch is built without CUDA; pip install --force-reinstall torch=={version} "
+                "--index-url https://download.pytorch.org/whl/cu130 brings the one for it")
+    return (f"CUDA {torch.version.cuda} does not start, mostly because NVIDIA's driver is too old for it "
+            "(CUDA 13 wants 580 or newer); update the driver, or install a torch for an older CUDA")
+
+
 class Machine:
     """What computes, and how, decided once: processes, device, precision and its reason, compiling."""
 
     def __init__(self, training: TrainingConfig):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1 and "RANK" not in os.environ:
+            raise UserError(f"WORLD_SIZE = {self.world} is set without RANK: unset it, or use torchrun")
         if training.batch_size % self.world:
             raise UserError(f"training.batch_size = {training.batch_size} must be a multiple of the "
                             f"{self.world} processes")
@@ -90,6 +108,14 @@ class Machine:
         if is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+            try:
+                torch.zeros(1, device=self.device).add_(1).item()
+            except RuntimeError as error:
+                name = torch.cuda.get_device_name()
+                raise UserError(f"torch {torch.__version__} cannot compute on {name}: {first_line(error)}; "
+                                "use training.device=cpu, or a torch that can") from error
+        elif self.rank == 0 and (reason := idle_gpu()):
+            log(f"{'!' * 100}\nWARNING: this machine's NVIDIA GPU stays idle: {reason}\n{'!' * 100}")
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
 
@@ -121,7 +147,8 @@ def from_all_processes(*values: float) -> Tensor:
 def log(message: str) -> None:
     """Prints a line of progress, above the progress bar; the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens any more
+            tqdm.write(message, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -170,13 +197,14 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Returns, for each of (K, rows, columns), about U V^T of its singular value decomposition, by the
     Newton-Schulz iteration with Jordan's quintic coefficients.
     """
-    x = matrices.to(matmul_dtype(matrices.device))
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # before float16, which could not hold it
+    x = x.to(matmul_dtype(x.device))
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -193,7 +221,7 @@ def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, decay_start: float, end: int) -> float:
-    """Returns the rate of the step after `step` steps: linear warm-up, constant, linear decay to 0 at `end`."""
+    """Returns the rate after `step` steps: linear warm-up, constant, linear decay to zero at `end`."""
     warmup = (step + 1) / max(1, warmup_steps)
     decay = (end - step) / max(1, end - decay_start)
     return peak * min(1.0, warmup, decay)
@@ -249,8 +277,7 @@ def average_weights(average: nn.Module, model: nn.Module, step: int) -> None:
 
 def evaluate(model: Transformer, tokens: np.ndarray, eot_id: int, batch_size: int, autocast: Callable,
              progress: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for every one of `tokens` (N,), its cross-entropy in nats (float32) and whether it was the
-    likeliest.
+    """Returns each of the tokens' (N,) cross-entropy in nats, float32, and whether it was the likeliest.
 
     Each story is predicted from end-of-text and its own beginning, so that the sum of a story's values is its
     exact negative log-likelihood; beyond max_seq_len the context starts anew. Dropout is off.
@@ -287,7 +314,7 @@ def tell_story(model: Transformer, tokenizer, sampling: SamplingConfig, length: 
 def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
     """Writes a checkpoint atomically; the old file becomes `keep`. Raises UserError where the disk is full.
 
-    The file is torch.save's and, after it, its SHA-256, which torch.load ignores and `load_checkpoint` checks.
+    The file is torch.save's and, after it, its SHA-256, which torch.load ignores; `load_checkpoint` does not.
     """
     buffer = io.BytesIO()  # not the file itself: torch.save hides why it could not write
     torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
@@ -298,8 +325,8 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> N
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Returns the checkpoint at `path`, its tensors on `device`. Code in the file does not run. Raises UserError
-    where it is missing, of another format, or one bit has changed: torch.load might return wrong weights.
+    """Returns the checkpoint at `path`, its tensors on `device`. Code in the file does not run. Raises
+    UserError where it is missing, of another format, or a bit has changed: torch.load might not notice.
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}")
@@ -310,18 +337,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         checkpoint = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
         version = checkpoint["format"]
         missing = {"step", "config", "tokenizer", "dataset", "model"} - checkpoint.keys()
-        if version == CHECKPOINT_FORMAT and missing:
+        if version in READABLE_FORMATS and missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # whatever torch makes of a damaged or crafted file
         reason = first_line(error)[:120]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
-    if version not in (2, CHECKPOINT_FORMAT):  # a best_model.pt of format 2 is the same
+    if version not in READABLE_FORMATS:
         raise UserError(f"{path} has format {version} and this version reads {CHECKPOINT_FORMAT}")
     return checkpoint
 
 
 def find_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
-    """Returns the checkpoint to go on from and its path: latest.pt, or previous.pt with a warning, or None."""
+    """Returns the checkpoint to go on from and its path: latest.pt, previous.pt with a warning, or None."""
     problems = []
     for path in filter(Path.exists, (folder / "latest.pt", folder / "previous.pt")):
         try:
@@ -343,8 +370,8 @@ def find_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
 
 
 def check_unchanged(path: Path, old: dict, new: dict) -> None:
-    """Compares {name: value} of the checkpoint at `path` with the run's. Raises UserError where one of FIXED
-    differs, prints other differences.
+    """Compares {name: value} of a checkpoint with the run's. Raises UserError where one of FIXED differs,
+    prints other differences.
     """
     changed = {name: f"{name} was {old[name]!r} and is {value!r}"
                for name, value in new.items() if old[name] != value}
@@ -362,16 +389,16 @@ def identity(dataset: dict) -> dict:
 
 
 def lock(folder: Path) -> filelock.FileLock:
-    """Returns the held lock of a run's folder, which ends with the process. Raises UserError where it is held."""
-    path = folder / ".lock"
+    """Returns the lock of a run's folder, held until the process ends. Raises UserError if another has it."""
+    owner = folder / ".pid"  # a file of its own: on Windows a locked one cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(path)
+        held = filelock.FileLock(folder / ".lock", is_singleton=True)  # a notebook's cell may run again
         held.acquire(timeout=0)
-        path.write_text(str(os.getpid()))
+        owner.write_text(str(os.getpid()))
         return held
     except filelock.Timeout:
-        raise UserError(f"process {path.read_text()} is training in {folder}; wait for it, stop it, or "
+        raise UserError(f"process {owner.read_text()} is training in {folder}; wait for it, stop it, or "
                         "choose another training.checkpoint_dir and training.log_dir") from None
     except OSError as error:
         raise write_error(folder, error) from error
@@ -402,6 +429,7 @@ class State:
     train_loss_sum: float = 0.0  # since the last metrics line
     train_loss_count: int = 0
     elapsed_seconds: float = 0.0
+    steps_per_second: float | None = None  # of late, with evaluations and checkpoints
     metrics_bytes: int = 0  # length of metrics.jsonl
 
     @property
@@ -440,7 +468,7 @@ class Run:
 
         # What does not: the loss as it is computed, and what was measured or shown last.
         self.objective = Objective(self.model)
-        self.loss_of = torch.compile(self.objective) if machine.compiles else self.objective
+        self.loss_of = torch.compile(self.objective, dynamic=False) if machine.compiles else self.objective
         if machine.world > 1:
             self.loss_of = nn.parallel.DistributedDataParallel(self.loss_of)
         self.evaluation_seconds, self.scale_shown = 0.0, self.scaler.get_scale()
@@ -457,9 +485,8 @@ class Run:
         self.val_tokens, self.val_bytes = val_stream.head(limit, self.tokenizer)
 
     def claim_folders(self, is_new: bool) -> None:
-        """Locks the run's folders, moves aside what another run left in them, removes what is half written.
-        """
-        folders = {self.folder, self.log_dir}
+        """Locks the run's folders, moves aside what another run left there, removes what is half written."""
+        folders = {self.folder.resolve(), self.log_dir.resolve()}
         self.locks = [lock(folder) for folder in folders]
         for folder in folders:
             if is_new:
@@ -497,6 +524,17 @@ class Run:
         end = min(training.max_steps, state.end or training.max_steps)
         return end * (1 - training.decay_fraction) if state.decay_start is None else state.decay_start, end
 
+    def is_over(self) -> bool:
+        return self.state.step >= self.plan()[1]
+
+    def checkpoint_is_due(self, seconds: float, step: int) -> bool:
+        """Whether another is due after the one at `seconds` and `step`; with max_minutes 25 in a run."""
+        state, training = self.state, self.config.training
+        if training.checkpoint_interval:
+            return state.step % training.checkpoint_interval == 0
+        interval = 60 * min(1, (training.max_minutes or math.inf) / 25)
+        return state.step >= step + 3 and state.elapsed_seconds - seconds > interval  # so that speed is known
+
     def save(self, path: Path, **more) -> None:
         """Writes what eval.py needs, the average as `model`, and `more`. Raises UserError if it diverged."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
@@ -523,8 +561,7 @@ class Run:
 # ---------------------------------------------------------------- where the run ends
 
 def begin_decay(run: Run, end: int, reason: str) -> None:
-    """Lets the rate fall from what it is now to zero at step `end`, where the run ends. It never rises again.
-    """
+    """Lets the rate fall from what it is now to zero at step `end`, where the run ends; it never rises."""
     state, (start, old_end) = run.state, run.plan()
     if state.end is None:
         log(f"{reason}: the learning rate now decays to zero, until step {end:,}")
@@ -549,13 +586,21 @@ def stop_early(run: Run) -> None:
 
 
 def end_in_time(run: Run, seconds: float, step: int) -> None:
-    """Plans the end anew: where max_minutes will have passed at the speed since `seconds` and `step`."""
+    """Plans the end anew, if max_minutes fix it: where they will have passed at the speed since `seconds`
+    and `step`, and half as much before. The decay begins when its share of the time is left.
+    """
     state, training = run.state, run.config.training
-    speed = (state.step - step) / (state.elapsed_seconds - seconds)  # with evaluations and checkpoints
+    if state.step == step:
+        return
+    speed = (state.step - step) / (state.elapsed_seconds - seconds)
+    state.steps_per_second = (speed + (state.steps_per_second or speed)) / 2
+    decay_time = 60 * (training.max_minutes or math.inf) * max(0.1, 1 - training.decay_fraction)
+    if state.elapsed_seconds < decay_time or run.is_over():
+        return
     closing = 2 * run.evaluation_seconds  # the last evaluation, and the story
     left = 60 * training.max_minutes - state.elapsed_seconds - closing
-    latest = min(training.max_steps, state.last_step or training.max_steps)
-    end = min(latest, state.step + max(1, int(left * speed)))
+    end = state.step + max(1, int(left * state.steps_per_second))
+    end = min(end, training.max_steps, state.last_step or training.max_steps)
     begin_decay(run, int(from_all_processes(end)[0]), f"training.max_minutes={training.max_minutes:g}")
 
 
@@ -575,23 +620,36 @@ def next_step(run: Run) -> tuple[Tensor, Tensor]:
             loss, grad_norm = train_step(run.loss_of, run.optimizer, run.scaler, tokens, targets,
                                          run.micro_batch_size, training.grad_clip, machine.autocast)
             break
-        except torch.OutOfMemoryError:
-            size = run.micro_batch_size
-            if size == 1 or machine.world > 1:
-                raise UserError(f"out of memory on {machine.device} with {size} sequences at a time; use a "
-                                "smaller training.micro_batch_size, model or model.max_seq_len") from None
-            run.micro_batch_size = size = (size + 1) // 2
-            log(f"out of memory: going on with training.micro_batch_size={size}, the same step again")
-            torch.cuda.empty_cache()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if machine.world > 1:  # its hooks on the parameters would remain
-                raise UserError("torch.compile failed; use training.compile=off") from error
-            log(f"torch.compile failed ({first_line(error)[:100]}): going on without it")
-            run.loss_of = run.objective
+        except Exception as error:
+            if is_out_of_memory(error):
+                halve_micro_batch(run)
+            elif run.loss_of is run.objective or machine.world > 1:  # which hooks into compiled code
+                raise
+            else:  # a mistake that is not the compiler's is raised again by the step without it
+                log(f"WARNING: torch.compile failed ({first_line(error)[:100]}): going on without it")
+                run.loss_of = run.objective
     state.step += 1
     state.train_loss_count += 1
     average_weights(run.average, run.model, state.step)
     return loss, grad_norm
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what is missing, as torch, cuBLAS, a driver or the compiler put it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED", "OutOfMemoryError"))
+
+
+def halve_micro_batch(run: Run) -> None:
+    """Halves the number of sequences at a time. Raises UserError where it cannot."""
+    size = run.micro_batch_size
+    if size == 1 or run.machine.world > 1:
+        raise UserError(f"out of memory on {run.machine.device} with {size} sequences at a time; use a "
+                        "smaller training.micro_batch_size, model or model.max_seq_len")
+    run.micro_batch_size = (size + 1) // 2
+    log(f"out of memory: going on with training.micro_batch_size={run.micro_batch_size}, the same step again")
+    torch.cuda.empty_cache()
+    torch.compiler.reset()  # of the shapes so far: after eight, it would no longer compile and not say so
 
 
 def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
@@ -667,25 +725,21 @@ def train(run: Run, started: float) -> int:
                disable=run.machine.rank > 0 or not sys.stderr.isatty())
     loss_sum = torch.tensor(state.train_loss_sum, device=run.machine.device)
     started -= state.elapsed_seconds  # as if one process had made all of the run
-    budget = 60 * (training.max_minutes or math.inf)
-    decay_time = budget * max(0.1, 1 - training.decay_fraction)
-    first, planned = state.step + 1, (0.0, 0)
+    first, saved = state.step + 1, (state.elapsed_seconds, state.step)
     clock, seconds, line = time.monotonic(), 0.0, state.step  # `seconds` of steps alone, since step `line`
-    with caught_signals() as signals:
-        while state.step < run.plan()[1] and not stop:
+    with bar, caught_signals() as signals:
+        while not (run.is_over() or stop):
             loss, grad_norm = next_step(run)
             loss_sum += loss
             state.elapsed_seconds = time.monotonic() - started
 
             # What is due now, the same in all processes. The clock says when progress was last shown.
-            stop, showing, planning = from_all_processes(
+            stop, showing, saving = from_all_processes(
                 signals[-1] if signals else 0,
                 state.step == first or time.monotonic() - clock > (30 if bar.disable else 1),
-                state.step >= first + 3 and state.elapsed_seconds > max(decay_time, planned[0] + budget / 25),
-            ).amax(0).tolist()
-            evaluating = state.step % training.eval_interval == 0 or state.step == run.plan()[1]
-            saving = stop or planning or evaluating or state.step % training.checkpoint_interval == 0
-            if not (saving or showing):
+                run.checkpoint_is_due(*saved)).amax(0).tolist()
+            evaluating = run.is_over() or state.step % training.eval_interval == 0
+            if not (stop or showing or saving or evaluating):
                 continue
 
             # Only here the device is waited for. From here to the bottom the clock stands.
@@ -699,16 +753,14 @@ def train(run: Run, started: float) -> int:
                 evaluate_run(run, grad_norm.item(), tokens_per_second)
                 stop_early(run)
                 loss_sum.zero_()
-            if planning and state.step < run.plan()[1]:
-                end_in_time(run, *planned)
-            if planning or state.step == first:  # the first step compiles, and is not timed
-                planned = state.elapsed_seconds, state.step
+            if saving or stop or run.is_over():
+                end_in_time(run, *saved)
+                run.save_latest()
+            if saving or state.step == 1:  # the first step compiles, and is not timed
+                saved = state.elapsed_seconds, state.step
             if evaluating or state.step == first:
                 seconds, line = 0.0, state.step
-            if saving:
-                run.save_latest()
             clock = time.monotonic()
-    bar.close()
     if stop:
         log(f"stopped after step {state.step:,}, saved in {run.latest}; run the same command again to go on")
     return 128 + int(stop) if stop else 0
@@ -755,6 +807,8 @@ def describe(run: Run) -> None:
         + (f", {machine.world} processes" if machine.world > 1 else ""))
     if machine.device.type == "cpu" and run.tokens_per_step > 4096:
         log("without a GPU, --preset laptop learns more in the same time")
+    if machine.compiles:
+        log("the first step compiles the model, which takes half a minute to a minute")
     if run.fell_back:
         log(FELL_BACK)
     if machine.rank == 0:
@@ -763,7 +817,7 @@ def describe(run: Run) -> None:
 
 
 def main() -> int:
-    started = time.monotonic()
+    started = time.monotonic() - time.process_time()  # with the imports
     keep_freed_memory()
     parser = ArgumentParser("Trains the model; goes on from the last checkpoint if there is one.")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start a new one")

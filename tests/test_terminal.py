@@ -1,0 +1,94 @@
+"""Terminals, notebooks and environments as people have them: closed streams, narrow encodings, a kernel's
+arguments, a cell run twice, half a torchrun, one folder spelt two ways.
+"""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command_line, go, metrics, opened, tiny_config
+
+import eval as evaluation
+import train
+from config import ArgumentParser, Config, UserError, run_main
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&- <&-", "2>/dev/full"])
+def test_closed_and_full_streams_do_not_end_a_run(tmp_path, redirection):
+    config = tiny_config(tmp_path, training__max_steps=4)
+    words = [sys.executable, str(ROOT / "train.py"), *command_line(config)]
+    ended = subprocess.run(["sh", "-c", f'"$@" {redirection}', "sh", *words], cwd=tmp_path,
+                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert [line["step"] for line in metrics(tmp_path)] == [4]
+
+
+def test_a_listener_that_has_gone_does_not_end_a_run(tmp_path):
+    config = tiny_config(tmp_path, training__max_steps=8)
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *command_line(config)], stderr=write,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(write)
+    assert os.read(read, 10)
+    os.close(read)
+    assert process.wait(timeout=60) == 0 and len(metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("script", ["train.py", "data.py"])
+def test_characters_that_the_output_cannot_encode_are_replaced(tmp_path, script):
+    config = tiny_config(tmp_path, training__max_steps=4)
+    path = tmp_path / "stories.txt"
+    path.write_text(path.read_text().replace("a", "\u65e5"), encoding="utf-8")
+    narrow = os.environ | {"PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, ROOT / script, *command_line(config)], capture_output=True,
+                           env=narrow, timeout=60)
+    assert ended.returncode == 0 and b"?" in ended.stdout, ended.stderr
+
+
+def test_a_notebook_has_other_arguments_and_other_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "/tmp/kernel-1.json"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a kernel's: it has no reconfigure
+    ArgumentParser("Trains.").configure(Config())
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: print("told"))
+    assert ended.value.code is None and sys.stdout.getvalue() == "told\n"
+
+
+def test_a_cell_may_run_again_in_the_same_process(tmp_path):
+    config = tiny_config(tmp_path)
+    with opened(config) as first, opened(config) as second:
+        assert train.train(first, 0.0) == 0
+        assert second.locks[0].is_locked
+    assert go(config).state.step == 24
+
+
+def test_the_lock_file_is_never_written(tmp_path):
+    """On Windows the first byte of a locked file cannot be."""
+    with opened(tiny_config(tmp_path)):
+        assert (tmp_path / "checkpoints" / ".lock").read_bytes() == b""
+        assert (tmp_path / "checkpoints" / ".pid").read_text() == str(os.getpid())
+
+
+def test_one_folder_spelt_two_ways_is_one_folder(tmp_path):
+    config = tiny_config(tmp_path)
+    config.training.log_dir = f"{tmp_path}/logs/../checkpoints"
+    assert go(config).code == 0 and (tmp_path / "checkpoints" / "metrics.jsonl").exists()
+
+
+def test_half_a_torchrun_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE = 2 is set without RANK: unset it"):
+        train.Machine(tiny_config(tmp_path).training)
+
+
+def test_the_folder_of_a_checkpoint_is_its_best_model(tmp_path):
+    run = go(tiny_config(tmp_path))
+    model, _, checkpoint = evaluation.load_model(tmp_path / "checkpoints")
+    assert checkpoint["step"] == train.load_checkpoint(run.best)["step"]
+    for ours, theirs in zip(model.state_dict().values(), train.load_checkpoint(run.best)["model"].values()):
+        assert torch.equal(ours, theirs)
