@@ -84,9 +84,9 @@ class SamplingConfig:
 
 PRESETS = {
     "quick": {  # a story-teller in less than five minutes on two CPU cores, from the bundled stories
-        "data.dataset": "sample", "training.tokenizer_type": "bpe", "model.dropout": 0.2,
-        "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 3, "model.d_ff": 512,
-        "model.max_seq_len": 256, "training.batch_size": 8, "training.weight_decay": 2.0,
+        "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
+        "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 768,
+        "model.max_seq_len": 256, "model.dropout": 0.2, "training.batch_size": 16,
         "training.warmup_steps": 25, "training.max_minutes": 4.5, "training.eval_interval": 100,
     },
     "laptop": {  # the default model without a GPU, for a few minutes: less than an epoch or two

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import ArgumentParser, Config, ModelConfig, UserError, config, parse_value, run_main
+from config import (
+    ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, config, parse_value, run_main)
 from data import (
     END_OF_TEXT, Stream, atomic_write, encode_stories, open_dataset, prepare, progress, story_windows,
     tokenizer_from_spec, write_error)
@@ -557,6 +558,7 @@ def plot_training(log_dirs: list[Path]) -> Path:
         axes.locator_params(axis="x", nbins=4, integer=True)
         if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not where every value is missing
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
@@ -620,7 +622,7 @@ def tokenizer_json(tokenizer) -> dict:
 
 def transformers_files(model: Transformer, tokenizer) -> dict[str, dict]:
     """Returns the JSON files of a folder for transformers, its versions 4 and 5."""
-    c = model.config
+    c, defaults = model.config, SamplingConfig()
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
     return {
         "config.json": ends | {
@@ -630,8 +632,8 @@ def transformers_files(model: Transformer, tokenizer) -> dict[str, dict]:
             "head_dim": c.d_model // c.n_heads, "intermediate_size": c.d_ff,
             "max_position_embeddings": c.max_seq_len, "rms_norm_eps": NORM_EPS, "rope_theta": ROPE_THETA,
             "tie_word_embeddings": True},
-        "generation_config.json": ends | {"do_sample": True, "temperature": config.sampling.temperature,
-                                          "top_k": config.sampling.top_k},
+        "generation_config.json": ends | {"do_sample": True, "temperature": defaults.temperature,
+                                          "top_k": defaults.top_k},
         "tokenizer.json": tokenizer_json(tokenizer),
         # Without this file AutoTokenizer takes, in silence, a class that changes Unicode.
         "tokenizer_config.json": dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {

@@ -246,7 +246,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
-        if not (autocast or torch.is_grad_enabled()):  # a third of the time for a single token
+        if not (autocast or torch.is_grad_enabled()):  # less to do for a single token
             return super().forward(x)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
@@ -281,7 +281,9 @@ class Dropout(nn.Dropout):
     """nn.Dropout that on a CPU draws 16 random bits an element, not a float: a third of the time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or self.p == 0:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
             return super().forward(x)
         bits = torch.randint(-2**63, 2**63 - 1, (math.ceil(x.numel() / 4),)).view(torch.int16)[:x.numel()]
         dropped = round(self.p * 2**16)

@@ -1,9 +1,10 @@
-"""What each choice of the model and the optimizer is worth: every variant trained for the same time, on the same batches.
+"""What each choice of model and optimizer is worth: variants trained for the same time, on the same batches.
 
     python tests/ablation.py ../shared/tinystories/train.txt --seconds 120
 
-The time of an update is measured for all variants in turns, and each then makes as many updates as fit into the seconds;
-so a slower moment of the machine does not count against the one that happens to run in it. Prints a table of Markdown.
+The time of a step is measured for all variants in turns, and each then makes as many steps as fit into the
+seconds; so a slower moment of the machine does not count against the one that happens to run in it. Prints a
+table of Markdown.
 """
 
 import argparse
@@ -26,13 +27,14 @@ import model as model_module
 from config import Config
 from data import Batches, prepare
 from model import Transformer
-from train import Objective, autocast, choose_device, choose_precision, evaluate, gather, keep_freed_memory, learning_rate, make_optimizer, train_step
+from train import (
+    Machine, Objective, evaluate, keep_freed_memory, learning_rate, make_optimizer, train_step)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
+        y, device = super().forward(x), x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 class TwoMatrixMLP(nn.Module):
@@ -45,7 +47,7 @@ class TwoMatrixMLP(nn.Module):
 
 
 class PositionedEmbedding(nn.Embedding):
-    """Token embedding plus a learned one of the position; `weight`, the output matrix, is that of the tokens."""
+    """Token embedding plus a learned one of the position; `weight`, the output matrix, is the tokens'."""
 
     def __init__(self, embedding: nn.Embedding, max_seq_len: int):
         super().__init__(*embedding.weight.shape, _weight=embedding.weight)
@@ -117,78 +119,82 @@ VARIANTS = {  # name: (changes to the model, training settings that differ from 
 
 
 class Trial:
-    """One variant with its optimizer; `update` makes an update."""
+    """One variant with its optimizer; `make_step` makes a step."""
 
-    def __init__(self, name: str, config: Config, vocab_size: int, seed: int):
+    def __init__(self, name: str, config: Config, machine: Machine, vocab_size: int, seed: int):
         changes, settings = VARIANTS[name]
-        self.training, self.device = dataclasses.replace(config.training, **settings), choose_device(config.training.device)
-        self.dtype, _ = choose_precision(self.device, config.training.use_amp)
+        self.training, self.machine = dataclasses.replace(config.training, **settings), machine
         torch.manual_seed(seed)
         self.model = Transformer(config.model, vocab_size)
         self.model.no_rotation = False
         for change in changes:
             change(self.model)
-        self.model.to(self.device)
+        self.model.to(machine.device)
         self.optimizer = make_optimizer(self.model, self.training)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-    def context(self):
-        return autocast(self.device, self.dtype)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
     def rotation(self):
-        return mock.patch.object(model_module, "rotate", lambda x, rope: x) if self.model.no_rotation else contextlib.nullcontext()
+        if not self.model.no_rotation:
+            return contextlib.nullcontext()
+        return mock.patch.object(model_module, "rotate", lambda x, rope: x)
 
-    def update(self, tokens: Tensor, targets: Tensor, step: int, steps: int) -> None:
-        rate = learning_rate(step, self.training.learning_rate, self.training.warmup_steps, steps * (1 - self.training.decay_fraction), steps)
+    def make_step(self, tokens: Tensor, targets: Tensor, step: int, steps: int) -> None:
+        training = self.training
+        decay_start = steps * (1 - training.decay_fraction)
+        rate = learning_rate(step, training.learning_rate, training.warmup_steps, decay_start, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.rotation():
             train_step(Objective(self.model), self.optimizer, self.scaler, tokens, targets, len(tokens),
-                       self.training.grad_clip, self.context)
+                       training.grad_clip, self.machine.autocast)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("dataset", help="whatever train.py takes as data.dataset")
     parser.add_argument("--seconds", type=float, default=120, help="training time of each variant")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339], help="of initialisation and data order")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339],
+                        help="of initialisation and data order")
+    names = list(VARIANTS)
+    parser.add_argument("--variants", nargs="*", default=names, choices=names, metavar="NAME")
     options = parser.parse_args()
     keep_freed_memory()
     config = Config()
     config.apply_preset("laptop")
     config.data.dataset = options.dataset
     tokenizer, train_stream, val_stream = prepare(config)
-    stream = torch.from_numpy(train_stream.tokens.view("int16")).to(choose_device(config.training.device))
-    batches = {seed: Batches(train_stream.tokens, config.training.batch_size, config.model.max_seq_len, seed) for seed in options.seeds}
+    machine, size, seq_len = Machine(config.training), config.training.batch_size, config.model.max_seq_len
+    batches = {seed: Batches(train_stream.tokens, size, seq_len, seed, machine.device)
+               for seed in options.seeds}
 
     def train(name: str, seed: int, steps: int, until: int) -> Trial:
-        trial = Trial(name, config, tokenizer.vocab_size, seed)
+        trial = Trial(name, config, machine, tokenizer.vocab_size, seed)
         for step in range(until):
-            trial.update(*gather(stream, batches[seed].starts(step), config.model.max_seq_len), step, steps)
+            trial.make_step(*batches[seed].at(step), step, steps)
         return trial
 
     times = {name: [] for name in options.variants}
     for _ in range(6):
         for name in options.variants:
             trial = train(name, options.seeds[0], 100, until=1)
-            tokens, targets = gather(stream, batches[options.seeds[0]].starts(1), config.model.max_seq_len)
+            tokens, targets = batches[options.seeds[0]].at(1)
             start = time.perf_counter()
-            trial.update(tokens, targets, 1, 100)
+            trial.make_step(tokens, targets, 1, 100)
             times[name].append(time.perf_counter() - start)
-    print(f"\n{options.seconds:g} s each, {torch.get_num_threads()} threads, seeds {options.seeds}; differences are from the first row, "
-          "seed by seed, with their standard error\n\n"
-          "| | parameters | s per update | updates | bits per byte | difference |\n|---|---|---|---|---|---|")
+    print(f"\n{options.seconds:g} s each, {torch.get_num_threads()} threads, seeds {options.seeds}; "
+          "differences are from the first row, seed by seed, with their standard error\n\n"
+          "| | parameters | s per step | steps | bits per byte | difference |\n|---|---|---|---|---|---|")
     first = None
     for name in options.variants:
         steps, bits = round(options.seconds / (seconds := statistics.median(times[name]))), []
         for seed in options.seeds:
             trial = train(name, seed, steps, until=steps)
             with trial.rotation():
-                losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, trial.context)
+                losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, machine.autocast)
             bits.append(losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"])
         first = first or bits
-        differences = [b - f for b, f in zip(bits, first)]
+        differences = [b - f for b, f in zip(bits, first, strict=True)]
         error = f" ± {statistics.stdev(differences) / len(bits)**0.5:.3f}" if len(bits) > 1 else ""
         parameters = sum(p.numel() for p in trial.model.parameters())
         print(f"| {name} | {parameters:,} | {seconds:.3f} | {steps} | {statistics.mean(bits):.3f} | "

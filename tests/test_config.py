@@ -1,14 +1,13 @@
 """Settings: three ways to set them, types, validation, presets."""
 
+import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from config import PRESETS, ArgumentParser, Config, UserError
-
-ROOT = Path(__file__).parent.parent
+from config import PRESETS, ArgumentParser, Config, UserError, parse_value
 
 
 def configure(*arguments: str) -> Config:
@@ -19,26 +18,46 @@ def configure(*arguments: str) -> Config:
 
 def test_defaults_are_those_of_the_design():
     config = Config()
-    assert (config.model.n_layers, config.model.d_model, config.model.n_heads, config.model.d_ff) == (8, 256, 8, 1024)
-    assert (config.model.max_seq_len, config.model.dropout) == (512, 0.1)
-    assert (config.data.dataset, config.data.max_stories, config.data.max_val_stories) == ("auto", 10_000, 1_000)
-    assert (config.training.batch_size, config.training.max_steps, config.training.use_amp) == (32, 100_000, True)
-    assert (config.training.tokenizer_type, config.training.bpe_vocab_size) == ("gpt2", 4096)
+    model, stories, training, sampling = config.model, config.data, config.training, config.sampling
+    assert (model.n_layers, model.d_model, model.n_heads, model.d_ff) == (8, 256, 8, 1024)
+    assert (model.max_seq_len, model.dropout) == (512, 0.1)
+    assert (stories.dataset, stories.max_stories, stories.max_val_stories) == ("auto", 10_000, 1_000)
+    assert (training.batch_size, training.max_steps, training.use_amp) == (32, 100_000, True)
+    assert (training.tokenizer_type, training.bpe_vocab_size) == ("gpt2", 4096)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.num_samples) == (0.8, 50, None, 1)
     config.validate()
 
 
 def test_every_kind_of_value():
-    config = configure("training.learning_rate=1e-3", "training.max_steps=1e5", "data.max_stories=none", "model.n_layers=3",
-                       "training.use_amp=false", "training.max_minutes=5", "data.dataset=my stories=old.txt")
+    config = configure(
+        "training.learning_rate=1e-3", "training.max_steps=1e5", "data.max_stories=none", "model.n_layers=3",
+        "training.use_amp=false", "training.max_minutes=5", "data.dataset=my stories=old.txt",
+        "sampling.top_k=none", "sampling.temperature=0")
     assert config.training.learning_rate == 1e-3 and config.training.max_steps == 100_000
     assert config.data.max_stories is None and config.model.n_layers == 3 and config.training.use_amp is False
     assert config.training.max_minutes == 5.0 and config.data.dataset == "my stories=old.txt"
+    assert config.sampling.top_k is None and config.sampling.temperature == 0
+
+
+def test_a_config_of_its_own_values_is_the_same_and_sections_of_an_older_one_have_defaults():
+    config = configure("model.n_layers=3", "sampling.seed=5")
+    assert Config.of(dataclasses.asdict(config)) == config
+    older = Config.of({"model": dataclasses.asdict(config.model)})
+    assert older.model == config.model and older.sampling == Config().sampling
+
+
+def test_a_single_value_is_parsed_and_checked():
+    assert parse_value("sampling.temperature", "0.5") == 0.5 and parse_value("sampling.top_k", "none") is None
+    for name, text in (("sampling.temperature", "-1"), ("sampling.top_k", "2.5"), ("sampling.tempo", "1")):
+        with pytest.raises(UserError, match=name):
+            parse_value(name, text)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_keep_their_own_folders(name):
     config = configure("--preset", name)
-    assert config.training.checkpoint_dir == f"checkpoints/{name}" and config.training.log_dir == f"logs/{name}"
+    assert config.training.checkpoint_dir == f"checkpoints/{name}"
+    assert config.training.log_dir == f"logs/{name}"
 
 
 def test_the_command_line_wins_over_the_preset_in_any_order():
@@ -47,7 +66,7 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
         assert configure(*arguments).model.d_model == PRESETS["small"]["model.d_model"]
 
 
-@pytest.mark.parametrize("arguments, names", [
+@pytest.mark.parametrize(("arguments", "names"), [
     (["model.n_layer=3"], ["model.n_layer", "did you mean 'model.n_layers'"]),
     (["n_layers=3"], ["n_layers", "model.n_layers"]),
     (["optimizer.lr=3"], ["optimizer.lr"]),
@@ -76,12 +95,16 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["training.compile=maybe"], ["training.compile", "auto, on, off"]),
     (["training.device=gpu"], ["training.device", "gpu", "cuda"]),
     (["training.batch_size=0", "training.max_steps=0"], ["training.batch_size", "training.max_steps"]),
-    (["training.batch_size=big", "training.use_amp=maybe"], ["'big' must be a whole number;", "'maybe' must be true or false"]),
+    (["training.batch_size=big", "training.use_amp=maybe"],
+     ["'big' must be a whole number;", "'maybe' must be true or false"]),
     (["data.max_stories=all"], ["data.max_stories", "'all' must be a whole number or none"]),
     (["training.seed=-1"], ["training.seed"]),
     (["training.max_minutes=0"], ["training.max_minutes"]),
     (["training.checkpoint_dir="], ["training.checkpoint_dir", "empty"]),
     (["data.max_stories=0"], ["data.max_stories"]),
+    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "or 0"]),
+    (["sampling.top_p=1.1"], ["sampling.top_p", "1.1"]),
+    (["sampling.temprature=1"], ["sampling.temprature", "did you mean 'sampling.temperature'"]),
 ])
 def test_a_mistake_is_one_sentence_that_names_it(arguments, names):
     with pytest.raises(UserError) as error:
@@ -100,8 +123,10 @@ def test_a_wrong_type_in_config_py_is_reported_with_all_other_problems():
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    code = "import config, data, model, train, sys; assert 'datasets' not in sys.modules and 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    code = ("import config, data, model, train, eval, sys\n"
+            "assert not {'datasets', 'matplotlib', 'transformers'} & sys.modules.keys()")
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
     assert not list(tmp_path.iterdir())
 
 

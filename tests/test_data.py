@@ -12,41 +12,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+import torch
+from conftest import needs_gpt2, run_script, tiny_config, write_stories
 
 import data
 from config import Config, UserError
-from data import (SAMPLE, Batches, BPETokenizer, CharTokenizer, encode_stories, hold_out, open_dataset, prepare, read_stories, spec_hash,
-                  tokenizer_from_spec)
+from data import (
+    Batches, BPETokenizer, CharTokenizer, encode_stories, hold_out, json_hash, open_dataset, prepare,
+    read_stories, tokenizer_from_spec)
 
-ROOT = Path(__file__).parent.parent
-TIKTOKEN_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT.parent / "shared" / "tiktoken")
-needs_gpt2 = pytest.mark.skipif(not TIKTOKEN_CACHE.is_dir(), reason="GPT-2's vocabulary is not on this machine")
-UNICODE = ["", " ", "\n\n  x\t", "naïve café — “quoted” …", "日本語の文章と한국어", "🙂👩‍👩‍👧‍👦🇨🇭", "\x00\x01\x7f\u2028\ufeff", "a" * 3000,
-           "<|endoftext|>", "x<|endoftext|>y <|endoftext|>", "1234567890 ½ Ⅷ", "don't we'll I'VE", "e\u0301\u0323", "\U0010ffff"]
-
-
-@pytest.fixture(scope="module")
-def stories():
-    return list(read_stories(SAMPLE))
+UNICODE = [
+    "", " ", "\n\n  x\t", "naïve café — “quoted” …", "日本語の文章と한국어", "🙂👩‍👩‍👧‍👦🇨🇭",
+    "\x00\x01\x7f\u2028\ufeff", "a" * 3000, "<|endoftext|>", "x<|endoftext|>y <|endoftext|>",
+    "1234567890 ½ Ⅷ", "don't we'll I'VE", "e\u0301\u0323",
+    "\U0010ffff"]
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(TIKTOKEN_CACHE)
     return BPETokenizer.gpt2("unused")
 
 
 def make_config(tmp_path: Path, **settings) -> Config:
-    config = Config()
-    for name, value in {"data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 400,
-                        "data.data_dir": str(tmp_path / "data"), **{k.replace("__", "."): v for k, v in settings.items()}}.items():
-        config.set(name, value)
-    return config
-
-
-def write_stories(path: Path, stories: list[str]) -> Path:
-    path.write_text("\n<|endoftext|>\n".join(stories) + "\n", encoding="utf-8")
-    return path
+    own = {"data__dataset": "sample", "training__tokenizer_type": "bpe", "training__bpe_vocab_size": 400}
+    return tiny_config(tmp_path, **own | settings)
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -99,19 +88,20 @@ def test_bpe_on_random_text_with_many_ties():
 def test_bpe_vocabulary_is_bytes_then_merges_then_end_of_text(stories):
     tokenizer = BPETokenizer.train(stories[:100], 500)
     assert list(tokenizer.ranks)[:256] == [bytes([b]) for b in range(256)]
-    assert tokenizer.vocab_size == 500 and tokenizer.eot_id == 499 and list(tokenizer.ranks.values()) == list(range(499))
+    assert tokenizer.vocab_size == 500 and tokenizer.eot_id == 499
+    assert list(tokenizer.ranks.values()) == list(range(499))
 
 
 def round_trips(tokenizer, texts: list[str]) -> None:
-    encoded = tokenizer.encode_batch(texts)
+    encoded = [tokenizer.encode(text) for text in texts]
     for text, tokens in zip(texts, encoded):
         assert tokenizer.decode(tokens) == text
-        assert tokens == tokenizer.encode(text)
+        assert tokenizer.encode_array(text).tolist() == tokens
         assert all(0 <= t < tokenizer.vocab_size and t != tokenizer.eot_id for t in tokens)
     again = tokenizer_from_spec(json.loads(json.dumps(tokenizer.spec())))
-    assert again.encode_batch(texts) == encoded and again.vocab_size == tokenizer.vocab_size
+    assert [again.encode(text) for text in texts] == encoded and again.vocab_size == tokenizer.vocab_size
     assert again.eot_id == tokenizer.eot_id and again.name == tokenizer.name
-    assert spec_hash(again.spec()) == spec_hash(tokenizer.spec())
+    assert json_hash(again.spec()) == json_hash(tokenizer.spec())
 
 
 def test_bpe_is_lossless(stories):
@@ -126,7 +116,8 @@ def test_half_a_surrogate_pair_in_a_prompt_is_replaced():
 def test_half_a_surrogate_pair_is_replaced_and_does_not_stop_the_stream():
     tokenizer, written = BPETokenizer.train(["some text"], 260), []
     encode_stories(["a\ud83db", "c"], tokenizer, written.append)
-    assert tokenizer.decode(np.frombuffer(b"".join(written), np.uint16)) == "a\ufffdb<|endoftext|>c<|endoftext|>"
+    tokens = np.frombuffer(b"".join(written), np.uint16)
+    assert tokenizer.decode(tokens) == "a\ufffdb<|endoftext|>c<|endoftext|>"
 
 
 def test_stories_of_any_number_are_encoded_in_their_order():
@@ -135,7 +126,8 @@ def test_stories_of_any_number_are_encoded_in_their_order():
     counts = encode_stories(iter(stories), tokenizer, written.append)
     tokens = np.frombuffer(b"".join(written), np.uint16)
     assert tokenizer.decode(tokens) == "".join(f"{story}<|endoftext|>" for story in stories)
-    assert (counts["stories"], counts["tokens"], counts["bytes"]) == (5000, len(tokens), len("".join(stories)))
+    assert (counts["stories"], counts["tokens"]) == (5000, len(tokens))
+    assert counts["bytes"] == len("".join(stories))
 
 
 @needs_gpt2
@@ -161,17 +153,19 @@ def test_char_is_lossless_on_its_stories_and_names_what_it_does_not_know(stories
 
 def test_stories_of_a_file(tmp_path):
     path = tmp_path / "stories.txt"
-    path.write_bytes("\ufeff<|endoftext|>\n One.\r\n\r\nMore <|endoftext|> inside.\n<|endoftext|>\n\n<|endoftext|>  \nTwo ½.\n".encode())
+    path.write_bytes("\ufeff<|endoftext|>\n One.\r\n\r\nMore <|endoftext|> inside.\n<|endoftext|>\n\n"
+                     "<|endoftext|>  \nTwo ½.\n".encode())
     assert list(read_stories(path)) == ["One.\n\nMore <|endoftext|> inside.", "Two ½."]
 
 
 def test_the_last_stories_are_held_out_and_never_shared(tmp_path):
     texts = [f"Story {i}." for i in range(100)]
     texts[3] = texts[97]  # a validation story that is also among the training stories
-    training, validation = hold_out(open_dataset(str(write_stories(tmp_path / "s.txt", texts)), True), None, None)
+    path = str(write_stories(tmp_path / "s.txt", texts))
+    training, validation = hold_out(open_dataset(path, True), None, None)
     assert list(validation()) == texts[95:]
     assert list(training()) == [t for t in texts[:95] if t != texts[97]]
-    training, validation = hold_out(open_dataset(str(tmp_path / "s.txt"), True), 10, 2)
+    training, validation = hold_out(open_dataset(path, True), 10, 2)
     assert list(validation()) == texts[95:97] and list(training()) == texts[:10]
 
 
@@ -179,12 +173,14 @@ def test_a_folder_of_parquet_with_and_without_a_validation_split(tmp_path):
     pandas = pytest.importorskip("pandas")
     folder = tmp_path / "folder"
     folder.mkdir()
-    pandas.DataFrame({"text": [f" Story {i}. " for i in range(40)] + ["", None]}).to_parquet(folder / "train.parquet")
+    texts = [f" Story {i}. " for i in range(40)]
+    pandas.DataFrame({"text": [*texts, "", None]}).to_parquet(folder / "train.parquet")
     training, validation = hold_out(open_dataset(str(folder), True), None, None)
     assert list(validation()) == ["Story 38.", "Story 39."] and len(list(training())) == 38
     pandas.DataFrame({"text": ["Story 7.", "Other."]}).to_parquet(folder / "validation.parquet")
     training, validation = hold_out(open_dataset(str(folder), True), None, None)
-    assert list(validation()) == ["Story 7.", "Other."] and "Story 7." not in list(training()) and len(list(training())) == 39
+    assert list(validation()) == ["Story 7.", "Other."]
+    assert "Story 7." not in list(training()) and len(list(training())) == 39
 
 
 def test_a_folder_without_a_text_column_is_refused(tmp_path):
@@ -193,19 +189,21 @@ def test_a_folder_without_a_text_column_is_refused(tmp_path):
         open_dataset(str(tmp_path), True)
 
 
-def run(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    keep = {k: v for k, v in os.environ.items() if k not in ("TIKTOKEN_CACHE_DIR", "HF_HUB_OFFLINE", "HF_HOME")}
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
-                          env=keep | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cwd / "hf")} | environment, timeout=60)
+def describe_data(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs data.py where no Hub can be reached."""
+    no_hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cwd / "hf")}
+    return run_script("data.py", "training.tokenizer_type=char", *arguments, cwd=cwd,
+                      without=("TIKTOKEN_CACHE_DIR", "HF_HUB_OFFLINE"), **no_hub | environment)
 
 
-def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path):
-    result = run("data.py", "training.tokenizer_type=char", cwd=tmp_path)
-    assert result.returncode == 0 and "sample, train: 570 stories" in result.stdout
+def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path, stories):
+    result = describe_data(cwd=tmp_path)
+    n_training = len(stories) - round(0.05 * len(stories))
+    assert result.returncode == 0 and f"sample, train: {n_training:,} stories" in result.stdout
     assert "WARNING: not TinyStories" in result.stderr
-    result = run("data.py", "training.tokenizer_type=char", "data.dataset=tinystories", cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
-    assert "Traceback" not in result.stderr
+    result = describe_data("data.dataset=tinystories", cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
 
 
 def test_an_earlier_download_serves_without_network(tmp_path):
@@ -224,7 +222,7 @@ for file in target.glob("json-*"):
 """
     subprocess.run([sys.executable, "-c", prepare_cache], cwd=tmp_path, check=True, capture_output=True,
                    env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
-    result = run("data.py", "training.tokenizer_type=char", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    result = describe_data(cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 0 and "tinystories, train: 50 stories" in result.stdout, result.stderr
     assert "not TinyStories" not in result.stderr
 
@@ -233,7 +231,10 @@ for file in target.glob("json-*"):
 
 def test_streams_are_the_stories_each_followed_by_end_of_text(tmp_path, stories):
     tokenizer, train, validation = prepare(make_config(tmp_path))
-    for stream, expected in ((train, stories[:570]), (validation, stories[570:])):
+    n_training = len(stories) - round(0.05 * len(stories))
+    held_out = set(stories[n_training:])  # of which none may be trained on
+    training = [story for story in stories[:n_training] if story not in held_out]
+    for stream, expected in ((train, training), (validation, stories[n_training:])):
         assert stream.tokens.dtype == np.uint16 and len(stream.tokens) == stream.info["tokens"]
         pieces = np.split(stream.tokens, np.flatnonzero(stream.tokens == tokenizer.eot_id) + 1)
         assert [tokenizer.decode(piece[:-1]) for piece in pieces[:-1]] == expected and len(pieces[-1]) == 0
@@ -241,11 +242,16 @@ def test_streams_are_the_stories_each_followed_by_end_of_text(tmp_path, stories)
         assert stream.info["bytes"] == sum(len(story.encode()) for story in expected)
 
 
-def test_streams_are_reused_and_rebuilt_when_the_request_or_the_file_differs_or_they_are_damaged(tmp_path, monkeypatch):
+def test_streams_are_reused_and_built_anew_for_another_request_or_file_or_after_damage(tmp_path, monkeypatch):
     path = write_stories(tmp_path / "mine.txt", [f"This is story number {i}, my dear." for i in range(50)])
     config = make_config(tmp_path, data__dataset=str(path))
     built = []
-    monkeypatch.setattr(data, "_build", lambda *args, build=data._build: built.append(args) or build(*args))
+
+    def build_streams(*args, build_streams=data.build_streams):
+        built.append(args)
+        build_streams(*args)
+
+    monkeypatch.setattr(data, "build_streams", build_streams)
 
     def builds() -> int:
         before = len(built)
@@ -281,7 +287,7 @@ def test_an_interrupted_build_leaves_the_old_streams_usable(tmp_path, monkeypatc
     assert np.array_equal(prepare(config)[1].tokens, before)
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize(("content", "message"), [
     (b"", "no stories"), (b"\n<|endoftext|>\n \n", "no stories"), (b"Only one story.", "at least two"),
     (b"Same.\n<|endoftext|>\nSame.", "at least two"), (b"\xff\xfe\x00bad", "not UTF-8"),
 ])
@@ -294,14 +300,17 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["missing.txt", "no such thing", "folder/that/is/not"])
 def test_a_dataset_that_is_not_there_is_one_sentence_and_changes_nothing(tmp_path, name):
+    config = make_config(tmp_path, data__dataset=name)
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=name):
-        prepare(make_config(tmp_path, data__dataset=name))
-    assert not list(tmp_path.iterdir())
+        prepare(config)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # ---------------------------------------------------------------- batches
 
-@pytest.mark.parametrize("n_tokens, batch_size, seq_len", [(1000, 4, 16), (65, 3, 64), (500, 64, 10), (128, 1, 64)])
+@pytest.mark.parametrize(
+    ("n_tokens", "batch_size", "seq_len"), [(1000, 4, 16), (65, 3, 64), (500, 64, 10), (128, 1, 64)])
 def test_every_window_once_per_epoch_and_no_two_overlap(n_tokens, batch_size, seq_len):
     batches = Batches(np.arange(n_tokens, dtype=np.uint16), batch_size, seq_len, seed=3)
     n = batches.windows_per_epoch
@@ -321,6 +330,27 @@ def test_batches_are_a_function_of_seed_and_step_alone():
     assert not np.array_equal(Batches(tokens, 8, 32, seed=2).starts(0), forwards[0])
     order = [np.concatenate(forwards)[i * 155:(i + 1) * 155] % 32 for i in range(3)]
     assert len({int(o[0]) for o in order}) > 1  # another offset in another epoch
+
+
+def test_targets_are_the_next_tokens_above_32767_too():
+    tokens = np.arange(2**16, dtype=np.uint16)
+    batches = Batches(tokens, 6, 50, seed=0)
+    seen = []
+    for step in range(batches.windows_per_epoch // 6):
+        x, y = batches.at(step)
+        assert x.shape == y.shape == (6, 50) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(y, x + 1) and torch.equal(x[:, 1:], x[:, :-1] + 1)
+        seen.append(x)
+    seen = torch.cat(seen).flatten()
+    assert len(seen.unique()) == len(seen)  # in an epoch no token is seen twice
+    assert seen.min() >= 0 and (seen > 32_767).float().mean() > 0.45 and seen.max() > 65_000
+
+
+def test_processes_share_a_batch():
+    tokens = np.arange(5000, dtype=np.uint16)
+    whole, _ = Batches(tokens, 8, 32, seed=1).at(3)
+    parts = [Batches(tokens, 8, 32, seed=1, rank=rank, world=2).at(3)[0] for rank in (0, 1)]
+    assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
 
 
 def test_too_few_tokens_for_one_window_are_refused():

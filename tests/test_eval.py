@@ -1,12 +1,15 @@
-"""Evaluation: loss against independent computations, quality figures with known answers, probes, every mode of the command."""
+"""Evaluation: loss against independent computations, quality with known answers, probes, every mode."""
 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import random
+import re
 import subprocess
 import sys
 import types
@@ -16,44 +19,34 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, make_model, make_qwen3, tiny_config, write_stories
 
 import eval as evaluation
+import train
 from config import Config, ModelConfig, UserError, run_main
 from data import BPETokenizer, CharTokenizer, Stream, encode_stories, prepare
-from eval import Continuation, StreamDecoder, copy_figures, load_model, loss_figures, ngrams, quality_figures, split_words
-from model import Transformer
+from eval import (
+    Continuation, copy_figures, load_model, loss_figures, ngrams, quality_figures, split_words)
 from train import save_checkpoint
 
-ROOT = Path(evaluation.__file__).parent
 CONTEXT = 48
 NAMES, THINGS = ("Tom", "Mia", "Sue", "Ben", "Amy"), ("red ball", "big dog", "little boat", "café")
-STORIES = [f"Once upon a time {name} had a {thing}. {name} said, \"I like my {thing}!\"" + " They played." * (i % 3)
-           for i, (name, thing) in enumerate((name, thing) for name in NAMES for thing in THINGS)]
-
-
-def make_model(vocab_size: int, max_seq_len: int = CONTEXT) -> Transformer:
-    """A small model whose weights are large enough to make its choices differ."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(n_layers=2, d_model=32, n_heads=2, d_ff=48, max_seq_len=max_seq_len), vocab_size)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model
+STORIES = [
+    f'Once upon a time {name} had a {thing}. {name} said, "I like my {thing}!"' + i % 3 * " They played."
+    for i, (name, thing) in enumerate(itertools.product(NAMES, THINGS))]
 
 
 def make_checkpoint(folder: Path, tokenizer_type: str = "bpe") -> Path:
     """Prepares the stories and saves a model for them, as train.py does; everything lies in `folder`."""
-    folder.joinpath("stories.txt").write_text("\n<|endoftext|>\n".join(STORIES))
-    config = Config()
-    config.data.dataset, config.data.data_dir = str(folder / "stories.txt"), str(folder / "data")
-    config.training.tokenizer_type, config.training.bpe_vocab_size = tokenizer_type, 300
-    config.training.log_dir = str(folder / "logs")
-    tokenizer, train, validation = prepare(config)
-    model = make_model(tokenizer.vocab_size)
+    write_stories(folder / "stories.txt", STORIES)
+    config = tiny_config(folder, training__tokenizer_type=tokenizer_type, training__bpe_vocab_size=300)
+    tokenizer, training, validation = prepare(config)
+    model = make_model(tokenizer.vocab_size, max_seq_len=CONTEXT)
     config.model = model.config
     path = folder / "checkpoints" / "best_model.pt"
-    save_checkpoint(path, {"step": 7, "config": dataclasses.asdict(config), "tokenizer": tokenizer.spec(), "val_loss": 1.0,
-                           "dataset": {"train": train.info, "validation": validation.info}, "model": model.state_dict()})
+    save_checkpoint(path, {"step": 7, "config": dataclasses.asdict(config), "tokenizer": tokenizer.spec(),
+                           "dataset": {"train": training.info, "validation": validation.info},
+                           "model": model.state_dict(), "val_loss": 1.0})
     return path
 
 
@@ -64,15 +57,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Runs eval.py in an empty folder: command(arguments, stdin="") -> (exit code, standard output, standard error)."""
+    """Runs eval.py in an empty folder: command(arguments, stdin="") -> exit code, its output, its errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as ended:
             run_main(evaluation.main)
-        return exit.value.code or 0, *capsys.readouterr()
+        return ended.value.code or 0, *capsys.readouterr()
 
     return run
 
@@ -84,7 +77,8 @@ def stream_of(stories: list[str], tokenizer) -> Stream:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 # ---------------------------------------------------------------- loss
@@ -96,7 +90,7 @@ def tokenizer() -> BPETokenizer:
 
 @torch.no_grad()
 def test_loss_and_what_derives_from_it_equal_a_brute_force_loop(tokenizer):
-    model, texts = make_model(tokenizer.vocab_size, 16).eval(), STORIES[:6]  # the stories are longer than the context
+    model, texts = make_model(tokenizer.vocab_size, max_seq_len=16), STORIES[:6]  # longer than the context
     figures = loss_figures(model, tokenizer, stream_of(texts, tokenizer))
     losses, hits, at_start = [], [], []
     for text in texts:
@@ -111,9 +105,11 @@ def test_loss_and_what_derives_from_it_equal_a_brute_force_loop(tokenizer):
     assert len(at_start) > len(texts)
     assert figures["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-5)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert figures["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-5)
     assert figures["accuracy"] == pytest.approx(np.mean(hits), abs=1e-9)
-    assert figures["loss_by_position"]["0"] == {"loss": pytest.approx(np.mean(at_start), rel=1e-5), "tokens": len(at_start)}
+    first = {"loss": pytest.approx(np.mean(at_start), rel=1e-5), "tokens": len(at_start)}
+    assert figures["loss_by_position"]["0"] == first
     for key in ("loss_by_position", "loss_by_length"):
         rows = figures[key].values()
         assert sum(row["tokens"] for row in rows) == len(losses)
@@ -121,13 +117,8 @@ def test_loss_and_what_derives_from_it_equal_a_brute_force_loop(tokenizer):
 
 
 def test_perplexity_is_that_of_transformers_qwen3_with_the_same_weights(tokenizer):
-    transformers = pytest.importorskip("transformers")
-    ours = make_model(tokenizer.vocab_size, 128).eval()
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, intermediate_size=48, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=10_000.0,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)).eval()
-    theirs.model.load_state_dict(ours.state_dict())
+    ours = make_model(tokenizer.vocab_size, max_seq_len=128)
+    theirs = make_qwen3(ours)
     total = n_tokens = 0
     for text in STORIES:
         tokens = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text), tokenizer.eot_id]])
@@ -143,7 +134,8 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity(tokenizer):
     torch.nn.init.zeros_(model.embed_tokens.weight)
     figures = loss_figures(model, tokenizer, stream)
     assert figures["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(len(stream.tokens) * math.log2(tokenizer.vocab_size) / stream.info["bytes"])
+    bits = len(stream.tokens) * math.log2(tokenizer.vocab_size)
+    assert figures["bits_per_byte"] == pytest.approx(bits / stream.info["bytes"])
     assert figures["loss_stderr"] == pytest.approx(0, abs=1e-6)
 
 
@@ -170,19 +162,20 @@ def test_standard_error_is_that_of_the_mean_where_stories_have_one_length():
 
 def test_losses_fall_into_the_right_buckets():
     figures = evaluation.loss_by(np.arange(20.0), np.arange(20), (0, 1, 4, 16, 64))
-    assert figures == {"0": {"loss": 0, "tokens": 1}, "1-3": {"loss": 2, "tokens": 3}, "4-15": {"loss": 9.5, "tokens": 12},
-                       "16-63": {"loss": 17.5, "tokens": 4}}
+    assert figures == {"0": {"loss": 0, "tokens": 1}, "1-3": {"loss": 2, "tokens": 3},
+                       "4-15": {"loss": 9.5, "tokens": 12}, "16-63": {"loss": 17.5, "tokens": 4}}
     assert list(evaluation.loss_by(np.ones(1), np.array([99]), (0, 64))) == ["64+"]
 
 
 # ---------------------------------------------------------------- quality
 
 def story(text: str, ended: bool = True) -> Continuation:
-    return Continuation(split_words(text), len(text), ended)
+    return Continuation(split_words(text), ended)
 
 
 def test_words_and_openings():
-    assert split_words("Don't STOP, Tom's dog! Café 12") == ["don't", "stop", "tom's", "dog", "café", "12"]
+    words = ["don't", "stop", "tom's", "dog", "café", "12"]
+    assert split_words("Don't STOP, Tom's dog! Café 12") == words
     assert ngrams(list("abcd"), 3) == [("a", "b", "c"), ("b", "c", "d")] and ngrams(["a"], 2) == []
     assert evaluation.opening("One  two three. " + "more " * 20) == "One  two three. more more more more more"
     assert evaluation.opening("one two, three four") == "one two,"
@@ -192,49 +185,72 @@ def test_words_and_openings():
 def test_quality_figures_of_texts_with_known_answers():
     figures = quality_figures([story("a b c d a b c d"), story("a b x", ended=False), story("", ended=False)])
     assert figures == {
-        "ended": pytest.approx(1 / 3), "tokens": pytest.approx((15 + 5 + 0) / 3), "words": pytest.approx(11 / 3),
-        "distinct_1": pytest.approx(5 / 11),  # a b c d x
-        "distinct_2": pytest.approx(5 / 9),   # ab bc cd da bx of 7 + 2
-        "distinct_3": pytest.approx(5 / 7),   # abc bcd cda dab abx of 6 + 1
+        "ended": pytest.approx(1 / 3), "words": pytest.approx(11 / 3),
+        "distinct_2": pytest.approx(5 / 9),  # ab bc cd da bx of 7 + 2
         "repeated_4grams": pytest.approx(1 / 5),  # the second abcd; the short stories have none
         # the first two share ab, of 7 and 2: 2 * 1 / 9; the empty one shares nothing
         "self_similarity": pytest.approx((2 / 9 + 2 / 9 + 0) / 3)}
     identical = quality_figures([story("the cat sat on the mat")] * 3)
-    assert identical["self_similarity"] == 1 and identical["distinct_3"] == pytest.approx(1 / 3)
+    assert identical["self_similarity"] == 1 and identical["distinct_2"] == pytest.approx(1 / 3)
     assert quality_figures([story("a b")])["self_similarity"] is None  # there is no other story
-    assert quality_figures([story("")])["distinct_1"] is None
+    assert quality_figures([story("")])["distinct_2"] is None
 
 
 def test_copies_of_training_stories_are_found():
     training = ["The cat sat on the mat. Then it slept.", "A dog ran to the park and played."]
-    copied, inside, original, short = copy_figures(
-        [[story("the cat sat on the mat then it slept")], [story("One cat sat on the moon"), story("to the park and glorped")],
-         [story("the slept cat ran mat")], [story("a dog")]], training)
+    copied, inside, original, short = copy_figures([
+        [story("the cat sat on the mat then it slept")],
+        [story("One cat sat on the moon"), story("to the park and glorped")],
+        [story("the slept cat ran mat")], [story("a dog")]], training)
     assert copied == {"copied_4grams": 1, "longest_copy": 9, "unseen_words": 0}
     # "cat sat on the" and "to the park and", of 3 + 2; the longest is 4; unseen: one, moon, glorped of 11
     assert inside == {"copied_4grams": 0.4, "longest_copy": 4, "unseen_words": pytest.approx(3 / 11)}
     assert original == {"copied_4grams": 0, "longest_copy": 1, "unseen_words": 0}
     assert short == {"copied_4grams": None, "longest_copy": 2, "unseen_words": 0}
-    across, = copy_figures([[story("it slept a dog ran")]], training)  # a copy does not run on into the next story
+    # A copy does not run on into the next story.
+    across, = copy_figures([[story("it slept a dog ran")]], training)
     assert across["longest_copy"] == 3 and across["copied_4grams"] == 0
 
 
-def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint):
+def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint, monkeypatch):
     model, tokenizer, _ = load_model(checkpoint)
-    stream, sampling = stream_of(STORIES, tokenizer), dict(temperature=1.0, top_k=None, top_p=None, max_new_tokens=12)
+    stream, seen = stream_of(STORIES, tokenizer), []
+    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 12}
+
+    def figures(stories, figures=quality_figures):
+        seen.append(stories)
+        return figures(stories)
+
+    def generate(prompts, *args, generate=model.generate, **options):
+        told.append((prompts, generate(prompts, *args, **options)))
+        return told[-1][1]
+
+    told = []
+    monkeypatch.setattr(evaluation, "quality_figures", figures)
+    monkeypatch.setattr(model, "generate", generate)
     quality = evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
-    assert quality["openings"] == len(STORIES) and quality["stories"] == 3 * len(STORIES) >= 50
+    assert quality["stories"] == len(STORIES) == len(told[0][0]) == len(seen[0]) == len(seen[1])
+    for text, prompt, row in zip(STORIES, *told[0], strict=True):  # each once, from its own opening
+        assert tokenizer.decode(prompt[1:]) == evaluation.opening(text)
+        assert 1 <= len(row) - len(prompt) <= 12
     human = quality["human"]  # the stories are in `stream`, but cut after 12 tokens
-    assert human["copied_4grams"] == 1 and human["unseen_words"] == 0 and human["ended"] == 0 and human["tokens"] == 12
-    assert quality["model"]["unseen_words"] > 0.5 and quality["model"]["tokens"] <= 12
+    for text, real in zip(STORIES, seen[1], strict=True):
+        rest = tokenizer.encode(text)[len(tokenizer.encode(evaluation.opening(text))):]
+        assert real.words == split_words(tokenizer.decode(rest[:12]))[:-1] and not real.ended
+    assert human["copied_4grams"] == 1 and human["unseen_words"] == 0 and human["ended"] == 0
+    assert quality["model"]["unseen_words"] > 0.5
     assert quality == evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
-    assert quality["model"] != evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=1)["model"]
+    other = evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=1)
+    assert quality["model"] != other["model"]
 
     sampling["max_new_tokens"] = 400  # a story must fit into the context with its opening
     longest = max(len(tokenizer.encode(evaluation.opening(text))) for text in STORIES)
     quality = evaluation.generation_quality(model, tokenizer, stream, None, sampling, seed=0)
-    assert quality["max_new_tokens"] == CONTEXT - 1 - longest >= quality["model"]["tokens"] and quality["human"]["ended"] == 1
-    assert quality["human"]["longest_copy"] is quality["model"]["copied_4grams"] is None
+    assert quality["max_new_tokens"] == CONTEXT - 1 - longest and quality["human"]["ended"] == 1
+    assert max(map(len, told[-1][1])) <= CONTEXT
+    assert "longest_copy" not in quality["human"] and "copied_4grams" not in quality["model"]
+    many = stream_of([f"{story} {i}" for i in range(4) for story in STORIES], tokenizer)
+    assert evaluation.generation_quality(model, tokenizer, many, None, sampling, seed=0)["stories"] == 64
 
 
 # ---------------------------------------------------------------- probes
@@ -244,7 +260,8 @@ class Unigram(torch.nn.Module):
 
     def __init__(self, costs: torch.Tensor):
         super().__init__()
-        self.config, self.embed_tokens, self.costs = ModelConfig(max_seq_len=64), torch.nn.Embedding(1, 1), costs
+        self.config, self.costs = ModelConfig(max_seq_len=64), costs
+        self.embed_tokens = torch.nn.Embedding(1, 1)
 
     def token_losses(self, tokens, targets):
         return self.costs[targets], torch.zeros_like(targets, dtype=torch.bool)
@@ -252,9 +269,12 @@ class Unigram(torch.nn.Module):
 
 def test_probes_compare_the_likelihood_per_byte_of_the_continuation_only():
     tokenizer = CharTokenizer.train(["abcdé "])
-    costs = dict(zip("abcdé ", (1.0, 2.0, 3.0, 9.0, 5.0, 0.0)))
+    costs = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 9.0, "é": 5.0, " ": 0.0}
     model = Unigram(torch.tensor([costs.get(c, 50.0) for c in tokenizer.characters] + [50.0, 50.0]))
-    item = lambda right, *wrong, prompt="ddd": {"prompt": prompt, "right": right, "wrong": list(wrong)}
+
+    def item(right, *wrong, prompt="ddd"):
+        return {"prompt": prompt, "right": right, "wrong": list(wrong)}
+
     groups = {"one": [item("a", "b"), item("bb", "a"), item("aaaa", "b"), item("a", "a")],
               "two": [item("é", "c", "d"), item("c", "é", "b", prompt="")]}
     figures = evaluation.probe_figures(model, tokenizer, groups)
@@ -264,13 +284,13 @@ def test_probes_compare_the_likelihood_per_byte_of_the_continuation_only():
 
 
 def test_a_continuation_is_scored_after_its_prompt(tokenizer):
-    model = make_model(tokenizer.vocab_size).eval()
-    scores = {}
+    model, scores = make_model(tokenizer.vocab_size), {}
     for ending in (" red.", " blue."):
         prompt, tokens = [tokenizer.eot_id, *tokenizer.encode("The ball was")], tokenizer.encode(ending)
         with torch.no_grad():
             log_p = model(torch.tensor([prompt + tokens])).log_softmax(-1)[0]
-        scores[ending] = sum(log_p[len(prompt) - 1 + i, t].item() for i, t in enumerate(tokens)) / len(ending)
+        log_p = log_p[len(prompt) - 1:]
+        scores[ending] = sum(log_p[i, token].item() for i, token in enumerate(tokens)) / len(ending)
     worse, better = sorted(scores, key=scores.get)
     for right, wrong, accuracy in ((better, worse, 1), (worse, better, 0)):
         groups = {"group": [{"prompt": "The ball was", "right": right, "wrong": [wrong]}]}
@@ -283,7 +303,7 @@ def test_the_probes_are_fair():
     for item in (item for items in groups.values() for item in items):
         endings = [item["right"], *item["wrong"]]
         assert len(set(endings)) == len(endings) >= 2 and not item["prompt"].endswith(" "), item
-        assert all(ending.startswith(" ") for ending in endings), item  # so that a token never spans prompt and ending
+        assert all(ending.startswith(" ") for ending in endings), item  # so that no token spans both
 
 
 # ---------------------------------------------------------------- the evaluation as a command
@@ -293,37 +313,43 @@ def test_json_is_one_object_with_every_figure(checkpoint, command):
     assert code == 0, err
     results = json.loads(out)  # the one object and nothing else
     model, tokenizer, saved = load_model(checkpoint)
-    _, _, validation = prepare(Config(data=dataclasses.replace(Config().data, **saved["config"]["data"]),
-                                      training=dataclasses.replace(Config().training, **saved["config"]["training"])))
+    _, _, validation = prepare(Config.of(saved["config"]))
     expected = loss_figures(model, tokenizer, validation)
     assert {key: results[key] for key in expected} == expected
     assert results["checkpoint"] == str(checkpoint) and results["step"] == 7 and results["tokenizer"] == "bpe"
     assert results["dataset"] == saved["config"]["data"]["dataset"] and results["split"] == "validation"
     for key in ("stories", "tokens", "bytes"):
         assert results[key] == validation.info[key]
-    assert results["quality"]["model"].keys() == results["quality"]["human"].keys() == evaluation.QUALITY.keys()
-    assert results["quality"]["stories"] >= 50 and set(results["probes"]) == {"facts", "reasoning", "context"}
+    quality = results["quality"]
+    assert quality["model"].keys() == quality["human"].keys() == evaluation.QUALITY.keys()
+    assert quality["stories"] == validation.info["stories"]
+    assert set(results["probes"]) == {"facts", "reasoning", "context"}
 
     code, text, _ = command("--checkpoint", checkpoint, "--max_new_tokens", 8)
-    for figure in (f"{expected['loss']:.4f}", f"{expected['perplexity']:.3f}", f"{expected['bits_per_byte']:.4f}",
-                   "bpe tokenizer", results["dataset"], "facts", *(label for label, _ in evaluation.QUALITY.values())):
-        assert figure in text
+    shown = [f"{expected['loss']:.4f}", f"{expected['perplexity']:.3f}", f"{expected['bits_per_byte']:.4f}"]
+    labels = [label for label, _ in evaluation.QUALITY.values()]
+    assert all(figure in text for figure in (*shown, *labels, "bpe tokenizer", results["dataset"], "facts"))
 
 
 def test_changed_stories_are_an_error_and_not_evaluated_silently(tmp_path, command):
     checkpoint = make_checkpoint(tmp_path)
-    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(reversed(STORIES)))
+    write_stories(tmp_path / "stories.txt", STORIES[::-1])
     code, out, err = command("--checkpoint", checkpoint)
-    assert (code, out) == (2, "") and err.startswith("error: ") and "stories of" in err and "checkpoint" in err
+    assert (code, out) == (2, "") and err.startswith("error: ")
+    assert "stories of" in err and "checkpoint" in err
 
 
 def test_another_text_is_evaluated_as_a_whole(checkpoint, command, tmp_path):
-    (tmp_path / "other.txt").write_text("Tom had a boat.\n<|endoftext|>\nMia sat down.\n<|endoftext|>\nThe end.\n")
-    code, out, err = command("--checkpoint", checkpoint, "--data", "other.txt", "--json", "--max_new_tokens", 20)
+    texts = ["Tom had a boat and it was big and red.", "Mia sat down.", "The end."]
+    write_stories(tmp_path / "other.txt", texts)
+    other = ("--data", "other.txt", "--json", "--max_new_tokens", 20)
+    code, out, err = command("--checkpoint", checkpoint, *other)
     results, (model, tokenizer, _) = json.loads(out), load_model(checkpoint)
-    expected = loss_figures(model, tokenizer, stream_of(["Tom had a boat.", "Mia sat down.", "The end."], tokenizer))
-    assert (results["dataset"], results["split"], results["stories"], results["bytes"]) == ("other.txt", "all", 3, 36)
-    assert results["loss"] == expected["loss"] and results["quality"]["model"]["copied_4grams"] is not None
+    expected = loss_figures(model, tokenizer, stream_of(texts, tokenizer))
+    assert [results[key] for key in ("dataset", "split", "stories", "bytes")] == ["other.txt", "all", 3, 59]
+    assert code == 0 and results["loss"] == expected["loss"]
+    assert results["quality"]["human"]["copied_4grams"] == 0
+    assert results["quality"]["model"]["unseen_words"] > 0
     assert "WARNING" not in err
 
 
@@ -331,10 +357,12 @@ def test_another_text_needs_no_training_stories_and_unknown_characters_are_count
     checkpoint = make_checkpoint(tmp_path, "char")
     (tmp_path / "stories.txt").unlink()
     (tmp_path / "other.txt").write_text("Zoë§ sat. Zoë ran.")
-    code, out, err = command("--checkpoint", checkpoint, "--data", "other.txt", "--json", "--max_new_tokens", 4)
+    other = ("--data", "other.txt", "--json", "--max_new_tokens", 4)
+    code, out, err = command("--checkpoint", checkpoint, *other)
     results = json.loads(out)
-    assert code == 0 and results["unknown_characters"] == 5 and "5 of 19 characters" in err  # Z ë § Z ë; 19 with end-of-text
-    assert results["quality"]["human"]["copied_4grams"] is None and "copies" in err
+    assert code == 0 and results["unknown_characters"] == 5
+    assert "5 of 19 characters" in err  # Z ë § Z ë; 19 with end-of-text
+    assert "copied_4grams" not in results["quality"]["human"] and "copies" in err
     code, out, err = command("--checkpoint", checkpoint)
     assert (code, out) == (2, "") and "stories.txt" in err
 
@@ -343,7 +371,8 @@ def test_another_text_needs_no_training_stories_and_unknown_characters_are_count
 
 def test_stories_begin_with_their_openings_and_are_reproducible(checkpoint, command):
     openings = ("Tom", "", "Once upon a time")
-    arguments = ("--checkpoint", checkpoint, "--generate", *openings, "--num_samples", 2, "--max_new_tokens", 9)
+    arguments = ("--checkpoint", checkpoint, "--generate", *openings, "--num_samples", 2,
+                 "--max_new_tokens", 9)
     code, out, _ = command(*arguments, "--seed", 5)
     stories = out.split("--- ")[1:]
     assert code == 0 and len(stories) == 6
@@ -356,75 +385,106 @@ def test_stories_begin_with_their_openings_and_are_reproducible(checkpoint, comm
 
 
 def test_a_batch_of_greedy_stories_is_the_single_stories(checkpoint, command, monkeypatch):
-    greedy = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 2 * CONTEXT, "--seed", 0, "--generate")
+    greedy = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 2 * CONTEXT, "--seed", 0,
+              "--generate")
     openings = ["Tom", "Once upon a time", "", "Mia had a red ball", "Sue"]
     single = [command(*greedy, opening)[1] for opening in openings]
     model, tokenizer, _ = load_model(checkpoint)
-    tokens = model.generate([[tokenizer.eot_id, *tokenizer.encode("Tom")]], 2 * CONTEXT, 0, eot_id=tokenizer.eot_id)[0]
+    prompt = [tokenizer.eot_id, *tokenizer.encode("Tom")]
+    tokens, = model.generate([prompt], 2 * CONTEXT, 0, eot_id=tokenizer.eot_id)
     assert len(tokens) > CONTEXT
     assert single[0] == tokenizer.decode([t for t in tokens if t != tokenizer.eot_id]) + "\n"
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 2)
-    assert command(*greedy, *openings)[1] == "".join(f"--- {i} of 5 ---\n{story}" for i, story in enumerate(single, 1))
+    numbered = "".join(f"--- {i} of 5 ---\n{story}" for i, story in enumerate(single, 1))
+    assert command(*greedy, *openings)[1] == numbered
 
 
-def test_the_first_unfinished_story_is_shown_live(capsys):
-    tokenizer = CharTokenizer.train(["abcxyz"])
-    shown = []
-
-    def generate(prompts, max_new_tokens, stream, **_):
-        assert prompts == [[tokenizer.eot_id, tokenizer.encode("a")[0]], [tokenizer.eot_id, tokenizer.encode("x")[0]]]
-        for row, character in ((1, "y"), (0, "b"), (1, "z"), (0, None), (1, "z")):
+def teller(capsys, tokens: list[int], shown: list[str]) -> types.SimpleNamespace:
+    """A model that tells `tokens`, noting what stands on the screen before each of them and at the end."""
+    def generate(prompts, max_new_tokens, eot_id, stream, **_):
+        shown.append(capsys.readouterr().out)
+        for token in tokens:
+            stream(0, token)
             shown.append(capsys.readouterr().out)
-            stream(row, tokenizer.encode(character)[0] if character else tokenizer.eot_id)
 
-    sampling = dict(temperature=1, top_k=None, top_p=None, max_new_tokens=3)
-    evaluation.tell_stories(types.SimpleNamespace(generate=generate), tokenizer, ["a", "x"], sampling, None)
-    assert shown == ["--- 1 of 2 ---\na", "", "b", "", "\n--- 2 of 2 ---\nxyz"]
-    assert capsys.readouterr().out == "z\n"
+    return types.SimpleNamespace(generate=generate)
+
+
+def test_a_single_story_is_shown_as_it_grows(capsys):
+    tokenizer, shown = CharTokenizer.train(["abcxyz"]), []
+    tokens = [*tokenizer.encode("bcx"), tokenizer.eot_id]
+    sampling = {"max_new_tokens": 4}
+    evaluation.tell_stories(teller(capsys, tokens, shown), tokenizer, ["a"], sampling, None)
+    assert shown == ["a", "b", "c", "x", ""] and capsys.readouterr().out == "\n"
+
+
+def test_several_stories_are_shown_when_they_are_told(capsys, monkeypatch):
+    tokenizer, calls = CharTokenizer.train(["abcxyz"]), []
+
+    def generate(prompts, max_new_tokens, **_):
+        calls.append((capsys.readouterr().out, [tokenizer.decode(prompt[1:]) for prompt in prompts]))
+        return [[*prompt, *tokenizer.encode("z"), tokenizer.eot_id] for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 2)
+    model = types.SimpleNamespace(generate=generate)
+    evaluation.tell_stories(model, tokenizer, ["a", "x", "y"], {"max_new_tokens": 3}, None)
+    assert calls == [("", ["a", "x"]), ("--- 1 of 3 ---\naz\n--- 2 of 3 ---\nxz\n", ["y"])]
+    assert capsys.readouterr().out == "--- 3 of 3 ---\nyz\n"
 
 
 @pytest.mark.parametrize("text", ["é", "naïve 😀 日本", "plain"])
 def test_a_character_of_several_tokens_appears_whole(text):
     tokenizer = BPETokenizer([bytes([b]) for b in range(256)])  # every byte a token
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder(token) for token in tokenizer.encode(text)]
-    assert [piece for piece in pieces if piece] == list(text) and decoder.rest() == ""
+    decode = tokenizer.decoder()
+    pieces = [decode(token) for token in tokenizer.encode(text)]
+    assert [piece for piece in pieces if piece] == list(text) and decode(None) == ""
 
 
 def test_bytes_that_are_no_character_are_not_lost():
     tokenizer = BPETokenizer([bytes([b]) for b in range(256)])
-    decoder, tokens = StreamDecoder(tokenizer), [0xC3, 0x41, 0xFF, 0xC3, 0xA9, 0xF0, 0x9F]
-    assert "".join(map(decoder, tokens)) + decoder.rest() == tokenizer.decode(tokens) == "\ufffdA\ufffdé\ufffd"
+    decode, tokens = tokenizer.decoder(), [0xC3, 0x41, 0xFF, 0xC3, 0xA9, 0xF0, 0x9F]
+    assert "".join(map(decode, [*tokens, None])) == tokenizer.decode(tokens) == "\ufffdA\ufffdé\ufffd"
 
 
-@pytest.mark.parametrize("tokens, pieces", [
-    ("naïve 😀 日本".encode(), [*"naïve 😀 日", "本\n"]),
-    (b"\xc3A\xff\xc3\xa9\xf0\x9f", ["\ufffdA", "\ufffdé", "\ufffd\n"])])  # bytes that are no character are not lost
-def test_a_story_is_shown_in_whole_characters(tokens, pieces, capsys):
+def test_a_decoder_is_that_of_all_tokens_at_once():
+    rng, tokenizer = random.Random(0), BPETokenizer([bytes([b]) for b in range(256)])
+    pieces = "Aé€😀".encode() + b"\xff"
+    for _ in range(300):
+        tokens = rng.choices(pieces, k=9)
+        expected = bytes(tokens).decode(errors="replace")
+        assert "".join(map(tokenizer.decoder(), [*tokens, None])) == tokenizer.decode(tokens) == expected
+    char = CharTokenizer.train(["ab"])
+    assert "".join(map(char.decoder(), [0, char.unknown_id, 1, None])) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(("text", "pieces"), [
+    ("naïve 😀 日本".encode(), [*"naïve 😀 日本"]),
+    (b"\xc3A\xff\xc3\xa9\xf0\x9f", ["\ufffdA", "\ufffd", "é"])])  # bytes that are no character are not lost
+def test_a_story_is_shown_in_whole_characters(text, pieces, capsys):
     tokenizer, shown = BPETokenizer([bytes([b]) for b in range(256)]), []  # every byte a token
-
-    def generate(prompts, max_new_tokens, stream, **_):
-        for token in tokens:
-            stream(0, token)
-            shown.append(capsys.readouterr().out)
-
-    evaluation.tell_stories(types.SimpleNamespace(generate=generate), tokenizer, [""], {"max_new_tokens": len(tokens)}, None)
+    sampling = {"max_new_tokens": len(text)}
+    evaluation.tell_stories(teller(capsys, list(text), shown), tokenizer, [""], sampling, None)
     assert [piece for piece in shown if piece] == pieces
+    assert "".join(shown) + capsys.readouterr().out == tokenizer.decode(text) + "\n"
 
 
 def test_unknown_characters_of_an_opening_are_named(tmp_path, command):
     checkpoint = make_checkpoint(tmp_path, "char")
-    code, out, err = command("--checkpoint", checkpoint, "--generate", "Zoë", "--max_new_tokens", 3, "--seed", 0)
+    short = ("--checkpoint", checkpoint, "--max_new_tokens", 3, "--seed", 0, "--generate")
+    code, out, err = command(*short, "Zoë")
     assert code == 0 and out.startswith("Zoë") and "'Z', 'ë'" in err and err.startswith("WARNING")
-    assert "WARNING" not in command("--checkpoint", checkpoint, "--generate", "Tom", "--max_new_tokens", 3)[2]
+    assert "WARNING" not in command(*short, "Tom")[2]
 
 
 def test_interactive(checkpoint, command, monkeypatch):
-    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense", "/settings", "/help", ""]
+    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense",
+             "/settings", "/help", ""]
     code, out, _ = command("--checkpoint", checkpoint, "--interactive", stdin="\n".join(lines) + "\n")
-    greedy = command("--checkpoint", checkpoint, "--generate", "Tom", "--temperature", 0, "--max_new_tokens", 4)[1]
+    short = ("--temperature", 0, "--max_new_tokens", 4)
+    greedy = command("--checkpoint", checkpoint, "--generate", "Tom", *short)[1]
     assert code == 0 and greedy in out and out.count("/top_p 0.9") == 2
-    assert "/temperature = -3 must be" in out and "/top_k = 0 must be" in out and "no command /nonsense" in out
+    assert "/temperature = -3.0 must be" in out and "/top_k = 0 must be" in out
+    assert "no command /nonsense" in out
     assert "temperature 0.0, top_k 50, top_p None, max_new_tokens 4" in out
 
     told = []
@@ -449,9 +509,10 @@ def write_metrics(folder: Path, text: str) -> Path:
     return folder
 
 
-LINES = "".join(json.dumps({"step": step, "train_loss": 5 - step / 100, "val_loss": loss, "lr": 1e-3, "val_bits_per_byte": 1.5,
-                            "grad_norm": norm, "tokens_per_second": 1e4, "timestamp": "2026-01-01"}) + "\n"
-                for step, loss, norm in ((100, 4.0, 1.0), (200, 3.0, None), (300, 3.5, 0.5)))
+LINES = "".join(json.dumps({
+    "step": step, "train_loss": 5 - step / 100, "val_loss": loss, "lr": 1e-3, "val_bits_per_byte": 1.5,
+    "grad_norm": norm, "tokens_per_second": 1e4, "timestamp": "2026-01-01"}) + "\n"
+    for step, loss, norm in ((100, 4.0, 1.0), (200, 3.0, None), (300, 3.5, 0.5)))
 
 
 def test_plot_reads_what_is_there(tmp_path):
@@ -481,15 +542,17 @@ def test_plot_without_metrics_is_one_sentence(command, tmp_path, text):
         write_metrics(tmp_path / "logs", text)
     before = files(tmp_path)
     code, out, err = command("--plot")
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and "logs/metrics.jsonl" in err
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert "logs/metrics.jsonl" in err
     assert files(tmp_path) == before
 
 
 def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, capsys):
     text = "Once upon a time\nTom's café 日\ufffd"
-    code, out, _ = command("--checkpoint", checkpoint, "--inspect", text, "--png", "picture.png")
-    assert code == 0 and (tmp_path / "picture.png").read_bytes().startswith(PNG) and "\x1b" not in out
-    rows = [line.split(maxsplit=1) for line in out.splitlines() if line[:7].strip().replace(".", "").isdigit()]
+    code, out, _ = command("--checkpoint", checkpoint, "--inspect", text)
+    assert code == 0 and "\x1b" not in out and not list(tmp_path.iterdir())
+    is_row = re.compile(r" *\d+\.\d\d  ").match
+    rows = [line.split(maxsplit=1) for line in out.splitlines() if is_row(line)]
     model, tokenizer, _ = load_model(checkpoint)
     tokens = tokenizer.encode(text)
     with torch.no_grad():
@@ -502,23 +565,31 @@ def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, ca
 
     evaluation.print_losses([("calm", 0.3), ("odd\nword", 99.0)], coloured=True)
     out = capsys.readouterr().out
-    assert "\x1b[48;5;231;38;5;16mcalm\x1b[0m" in out and "\x1b[48;5;196;38;5;16modd↵\x1b[0m\n\x1b[48;5;196;38;5;16mword" in out
+    calm, odd = "\x1b[48;5;231;38;5;16m", "\x1b[48;5;196;38;5;16m"
+    assert f"{calm}calm\x1b[0m" in out and f"{odd}odd↵\x1b[0m\n{odd}word" in out
 
 
 # ---------------------------------------------------------------- mistakes
 
-@pytest.mark.parametrize("options, names", [
-    (["--temperature", "-1"], ["temperature", "-1", "0"]), (["--temperature", "nan"], ["temperature", "nan"]),
+@pytest.mark.parametrize(("options", "names"), [
+    (["--temperature", "-1"], ["argument --temperature: sampling.temperature = -1.0 must be ", "or 0"]),
+    (["--temperature", "nan"], ["temperature", "nan"]),
     (["--temperature", "hot"], ["temperature", "hot"]), (["--temperature", "none"], ["temperature", "none"]),
-    (["--temperature", "1e-30"], ["temperature"]), (["--top_k", "0"], ["top_k", "0", "at least 1"]),
-    (["--top-k", "2.5"], ["top_k", "2.5"]), (["--top_p", "0"], ["top_p", "0"]), (["--top_p", "1.1"], ["top_p", "1.1"]),
-    (["--max_new_tokens", "0"], ["max_new_tokens", "0"]), (["--num_samples", "0"], ["num_samples", "0"]),
+    (["--temperature", "1e-30"], ["temperature"]),
+    (["--top_k", "0"], ["argument --top_k/--top-k: sampling.top_k = 0 must be at least 1"]),
+    (["--top-k", "2.5"], ["top_k", "2.5"]), (["--top_p", "0"], ["top_p", "0"]),
+    (["--top_p", "1.1"], ["top_p", "1.1"]), (["--max_new_tokens", "0"], ["max_new_tokens", "0"]),
+    (["--num_samples", "0"], ["num_samples", "0"]),
     (["--seed", "-1"], ["seed", "-1"]), (["--device", "tpu"], ["--device", "tpu", "cuda"]),
-    (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]), (["--generate"], ["--generate"]),
+    (["--device", "cuda:99"], ["device = 'cuda:99'", "cpu"]), (["--generate"], ["--generate"]),
     (["--inspect", ""], ["--inspect"]),
     (["--nonsense"], ["--nonsense", "--help"]), (["--plot", "--json"], ["--plot", "--json"]),
-    (["--data", "nowhere.txt"], ["--data", "nowhere.txt", "does not exist"]), (["--data", "x", "--generate", "y"], ["--data"]),
-    (["--png", "x.png"], ["--png", "--inspect"])])
+    (["--json", "--generate", "x"], ["--json", "--generate"]), (["--inspect", "x", "--plot"], ["--inspect"]),
+    (["--data", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
+    (["--data", "x", "--generate", "y"], ["--data", "--generate"]),
+    (["--data", "x", "--inspect", "y"], ["--data", "--inspect"]),
+    (["--data", "x", "--plot"], ["--data", "--plot"]),
+    (["--png", "x.png"], ["--png"])])
 def test_a_mistake_is_one_sentence_and_changes_nothing(checkpoint, command, tmp_path, options, names):
     before = files(checkpoint.parent.parent)
     code, out, err = command("--checkpoint", checkpoint, *options)
@@ -529,7 +600,8 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(checkpoint, command, tmp_
 
 def test_a_missing_checkpoint_says_what_to_do(command, tmp_path):
     code, out, err = command()
-    assert (code, out) == (2, "") and "checkpoints/best_model.pt" in err and "train.py" in err and "--checkpoint" in err
+    assert (code, out) == (2, "")
+    assert all(word in err for word in ("checkpoints/best_model.pt", "train.py", "--checkpoint"))
     quick = tmp_path / "checkpoints/quick/best_model.pt"
     quick.parent.mkdir(parents=True)
     quick.touch()
@@ -542,7 +614,19 @@ def test_load_model_is_ready_for_a_notebook(checkpoint):
     tokens = torch.tensor([tokenizer.encode("Once upon a time")])
     logits = model(tokens)
     assert logits.shape == (1, tokens.shape[1], tokenizer.vocab_size)
-    torch.testing.assert_close(logits, make_model(tokenizer.vocab_size).eval()(tokens))
+    torch.testing.assert_close(logits, make_model(tokenizer.vocab_size)(tokens))
+
+
+def test_a_model_of_format_2_is_read_and_another_format_is_refused(checkpoint, tmp_path, monkeypatch):
+    model, _, saved = load_model(checkpoint)
+    for version in (2, 1, train.CHECKPOINT_FORMAT + 1):
+        save_checkpoint(tmp_path / "old.pt", {**saved, "format": version})
+        if version == 2:
+            again, _, _ = load_model(tmp_path / "old.pt")
+            assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+        else:
+            with pytest.raises(UserError, match=f"old.pt has format {version} and this version reads"):
+                load_model(tmp_path / "old.pt")
 
 
 @pytest.mark.parametrize("damage", ["layers", "width", "tokenizer", "spec", "setting", "nan"])
@@ -571,7 +655,8 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, command):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    save_checkpoint(tmp_path / "saved.pt", {"step": 1, "config": {}, "tokenizer": {}, "dataset": {}, "model": Malicious()})
+    parts = {"step": 1, "config": {}, "tokenizer": {}, "dataset": {}, "model": Malicious()}
+    save_checkpoint(tmp_path / "saved.pt", parts)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
     for name in ("saved.pt", "plain.pt"):
         code, out, err = command("--checkpoint", name)
@@ -583,12 +668,14 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, command):
 
 def test_the_script_from_another_folder(checkpoint, tmp_path):
     def run(*arguments: str, **environment) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / "eval.py", *arguments], cwd=tmp_path, capture_output=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command = [sys.executable, ROOT / "eval.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
 
     helped = run("--help")
     assert helped.returncode == 0 and helped.stderr == b""
-    assert all(word in helped.stdout for word in (b"--generate", b"--plot", b"--top_p", b"Once upon a time", b"checkpoints/"))
-    told = run("--checkpoint", str(checkpoint), "--generate", "Zo\u00eb 日\udcff", "--seed", "1", "--max_new_tokens", "5",
-               PYTHONIOENCODING="ascii")
+    for word in (b"--generate", b"--plot", b"--top_p", b"Once upon a time", b"checkpoints/"):
+        assert word in helped.stdout
+    told = run("--checkpoint", str(checkpoint), "--generate", "Zo\u00eb 日\udcff", "--seed", "1",
+               "--max_new_tokens", "5", PYTHONIOENCODING="ascii")
     assert told.returncode == 0 and told.stdout.startswith(b"Zo? ??") and told.stderr == b""

@@ -1,25 +1,21 @@
 """The transformer: agreement with transformers' Qwen3, causality, loss, generation."""
 
+import functools
 import math
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_qwen3
 
+import model as model_module
 from config import ModelConfig
-from model import Dropout, LinearCrossEntropy, RMSNorm, Transformer, candidates, causal_attention, next_logits, sample
+from model import Dropout, RMSNorm, Transformer, candidates, causal_attention, next_logits, sample
+from train import Objective
 
-VOCAB = 97
-
-
-def make_model(**settings) -> Transformer:
-    """A small model whose weights are large enough to make every part matter."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**dict(n_layers=3, d_model=32, n_heads=4, d_ff=48, max_seq_len=24) | settings), VOCAB)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model.eval()
+VOCAB, CONTEXT = 97, 24
+make_model = functools.partial(conftest.make_model, VOCAB, n_layers=3, n_heads=4, max_seq_len=CONTEXT)
 
 
 def make_tokens(*shape: int) -> torch.Tensor:
@@ -27,16 +23,12 @@ def make_tokens(*shape: int) -> torch.Tensor:
 
 
 def test_logits_and_greedy_generation_agree_with_transformers_qwen3():
-    transformers = pytest.importorskip("transformers")
-    ours, tokens = make_model(), make_tokens(3, 24)
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
-        intermediate_size=48, max_position_embeddings=24, rms_norm_eps=1e-6, rope_theta=10_000.0, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None)).eval()
-    theirs.model.load_state_dict(ours.state_dict())
+    ours, tokens = make_model(), make_tokens(3, CONTEXT)
+    theirs = make_qwen3(ours)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours.loss(tokens[:, :-1], tokens[:, 1:]), theirs(tokens, labels=tokens).loss)
+        loss = ours.loss(tokens[:, :-1], tokens[:, 1:])
+        torch.testing.assert_close(loss, theirs(tokens, labels=tokens).loss)
     prompts = tokens[:, :5]
     greedy = theirs.generate(prompts, max_new_tokens=19, do_sample=False, pad_token_id=0)
     assert ours.generate(prompts, 19, temperature=0) == greedy.tolist()
@@ -55,14 +47,15 @@ def test_a_later_token_never_changes_an_earlier_logit():
 
 
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch):
-    monkeypatch.setitem(LinearCrossEntropy.CHUNK, "cpu", 7 * VOCAB)  # 2 x 24 targets in chunks, the last one smaller
+    # 2 x 24 targets in chunks of five, the last one smaller; the vocabulary is padded to 128
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * VOCAB)
     model, tokens, targets = make_model(), make_tokens(2, 24), make_tokens(2, 24).flip(0)
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
     loss = model.loss(tokens, targets)
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    for gradient, expected_gradient in zip(gradients, expected_gradients):
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
     losses, hits = model.token_losses(tokens, targets, rows=5)
     torch.testing.assert_close(losses.mean(), expected)
@@ -88,17 +81,21 @@ def test_rms_norm_and_its_gradients_are_those_of_pytorch(autocast):
     assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
     tolerance = {"rtol": 0.02, "atol": 0.02} if autocast else {}
     torch.testing.assert_close(y.float(), expected, **tolerance)
-    ours, theirs = (torch.autograd.grad((o * torch.arange(16)).sum(), (x, norm.weight)) for o in (y, expected))
-    torch.testing.assert_close(ours, theirs, **({"rtol": 0.02, "atol": 0.2} if autocast else {"rtol": 1e-4, "atol": 1e-4}))
+    tolerance = {"rtol": 0.02, "atol": 0.2} if autocast else {"rtol": 1e-4, "atol": 1e-4}
+    sums = ((output * torch.arange(16)).sum() for output in (y, expected))
+    ours, theirs = (torch.autograd.grad(total, (x, norm.weight)) for total in sums)
+    torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("length", [1, 128, 300])
 def test_attention_in_blocks_is_causal_attention(length):
     q, k, v = torch.randn(3, 2, 4, length, 16).bfloat16().requires_grad_().unbind()
-    ours, theirs = causal_attention(q, k, v), F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    ours = causal_attention(q, k, v)
+    theirs = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.03)
-    for ours, theirs in zip(*(torch.autograd.grad((o * o.detach()).sum(), (q, k, v)) for o in (ours, theirs))):
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+    ours, theirs = (torch.autograd.grad((o * o.detach()).sum(), (q, k, v)) for o in (ours, theirs))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -107,7 +104,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     y = Dropout(p)(torch.ones(333, 1001))
     assert abs((y == 0).float().mean() - p) < 0.005 and abs(y.mean() - 1) < 0.005
     rows, columns = (y == 0).float().mean(1), (y == 0).float().mean(0)
-    assert rows.std() < 1.2 * math.sqrt(p * (1 - p) / 1001) and columns.std() < 1.2 * math.sqrt(p * (1 - p) / 333)
+    assert rows.std() < 1.2 * math.sqrt(p * (1 - p) / 1001)
+    assert columns.std() < 1.2 * math.sqrt(p * (1 - p) / 333)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
@@ -128,7 +126,8 @@ def test_every_parameter_is_initialised_and_residual_projections_are_smaller():
             expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert abs(p.std() / expected - 1) < 0.1, name
     counts = model.parameter_counts()
-    assert counts["total"] == sum(p.numel() for p in model.parameters()) == counts["embedding"] + counts["blocks"]
+    total = sum(p.numel() for p in model.parameters())
+    assert counts["total"] == total == counts["embedding"] + counts["blocks"]
 
 
 def test_dropout_is_only_active_in_training():
@@ -155,12 +154,37 @@ def test_cached_generation_equals_uncached_past_the_context_length_and_in_a_ragg
     assert rows == [greedy(model, prompt, 40) for prompt in prompts]
 
 
+@torch.no_grad()
+def test_a_chunk_on_a_filled_cache_gives_the_hidden_states_of_the_whole_sequence():
+    model, tokens = make_model(), make_tokens(2, CONTEXT)
+    whole, m = model.hidden(tokens), model.config
+    for ends in ((CONTEXT,), (5, 9, 10, CONTEXT), (1, 2, 23, CONTEXT), (20, CONTEXT)):
+        cache = torch.full((m.n_layers, 2, 2, m.n_heads, CONTEXT, m.d_model // m.n_heads), math.nan)
+        parts, past = [], 0
+        for end in ends:
+            parts.append(model.hidden(tokens[:, past:end], cache, past))
+            past = end
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_objective_compiles_into_one_graph():
+    model, tokens = make_model(dropout=0.1), make_tokens(2, CONTEXT)
+    compiled = torch.compile(Objective(model), fullgraph=True, backend="aot_eager")
+    gradients = []
+    for loss_of in (compiled, Objective(model)):
+        loss = loss_of(tokens, tokens.roll(-1, 1))
+        gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    model.train()
+    compiled(tokens, tokens.roll(-1, 1)).backward()  # with dropout
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_generation_streams_its_tokens_and_stops_at_end_of_text():
-    model, streamed = make_model(), []
-    prompt = [1, 2, 3]
+    model, streamed, prompt = make_model(), [], [1, 2, 3]
     full = model.generate([prompt], 20, temperature=0)[0]
     eot = full[8]
-    row = model.generate([prompt], 20, temperature=0, eot_id=eot, stream=lambda i, token: streamed.append((i, token)))[0]
+    row = model.generate([prompt], 20, temperature=0, eot_id=eot, stream=lambda *new: streamed.append(new))[0]
     assert row == full[:full.index(eot, 3) + 1]
     assert streamed == [(0, token) for token in row[3:]]
     with pytest.raises(ValueError, match="at least one token"):
@@ -176,8 +200,9 @@ def test_sampling_is_reproducible_and_leaves_the_global_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, None, None), (0.7, None, None), (1.0, 5, None), (1.0, None, 0.6),
-                                                       (1.5, 20, 0.8), (0.5, 1, 0.1), (1.0, 1000, 1.0)])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
+    (1.0, None, None), (0.7, None, None), (1.0, 5, None), (1.0, None, 0.6), (1.5, 20, 0.8), (0.5, 1, 0.1),
+    (1.0, 1000, 1.0)])
 def test_sampling_matches_transformers_logits_processors(temperature, top_k, top_p):
     transformers = pytest.importorskip("transformers")
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 3
@@ -189,12 +214,13 @@ def test_sampling_matches_transformers_logits_processors(temperature, top_k, top
     weights, ids = candidates(logits, temperature, top_k, top_p)
     ours = torch.zeros_like(logits).scatter(-1, ids, weights / weights.sum(-1, keepdim=True))
     torch.testing.assert_close(ours, expected.softmax(-1))
-    many = sample(logits.repeat(500, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(500, 4)
-    for row, column in zip(expected, many.T):
+    generator = torch.Generator().manual_seed(0)
+    many = sample(logits.repeat(500, 1), temperature, top_k, top_p, generator).view(500, 4)
+    for row, column in zip(expected, many.T, strict=True):
         assert row[column].isfinite().all()
 
 
-@pytest.mark.parametrize("vocab_size, rows", [(63, 1), (64, 1), (VOCAB, 1), (VOCAB, 3), (4096, 5)])
+@pytest.mark.parametrize(("vocab_size", "rows"), [(63, 1), (64, 1), (VOCAB, 1), (VOCAB, 3), (4096, 5)])
 def test_logits_of_a_generated_token_are_those_of_a_linear_layer(vocab_size, rows):
     x, weight = torch.randn(rows, 16), torch.randn(vocab_size, 16)
     torch.testing.assert_close(next_logits(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-5)

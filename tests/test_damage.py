@@ -1,0 +1,348 @@
+"""Nothing is lost: damaged files, full disks, hostile files, two trainers, a changed world, metrics.jsonl."""
+
+import hashlib
+import io
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    before_step, differences, exit_code, forked, go, metrics, opened, snapshot, stop_after, tiny_config)
+
+import train
+from config import UserError, run_main
+from data import prepare
+
+pytestmark = pytest.mark.usefixtures("one_process")
+needs_dev_full = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="/dev/full, a disk without space, is Linux's")
+
+
+def replace_checkpoint(folder: Path, raw: bytes, name: str = "latest.pt") -> None:
+    """Puts a file of torch.save's format there, with the SHA-256 that load_checkpoint asks for."""
+    (folder / "checkpoints" / name).write_bytes(raw + hashlib.sha256(raw).digest())
+
+
+# ---------------------------------------------------------------- damage
+
+def test_no_damage_is_overlooked(stopped, tmp_path):
+    good, rng = (stopped / "checkpoints" / "latest.pt").read_bytes(), random.Random(0)
+    path = tmp_path / "latest.pt"
+    path.write_bytes(good)
+    train.load_checkpoint(path)
+    # With this flag of the directory, torch.load returns a tensor of whatever the memory holds.
+    directory_flag = good.rfind(b"PK\1\2") + 38
+    flips = [(rng.randrange(len(good)), 1 << rng.randrange(8)) for _ in range(600)]
+    flips += [(directory_flag, 1 << 4)]
+    flips += [(position, 1 << rng.randrange(8)) for position in range(len(good) - 60, len(good))]
+    damaged = [good[:i] + bytes([good[i] ^ bit]) + good[i + 1:] for i, bit in flips]
+    lengths = (*range(100), *rng.sample(range(len(good)), 200), *range(len(good) - 100, len(good)))
+    damaged += [good[:n] for n in lengths]
+    damaged += [good + b"\0", b"\0" + good, good[:5000] + bytes(4096) + good[9096:]]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged or not a checkpoint"):
+            train.load_checkpoint(path)
+
+
+def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "a directory":
+        path.mkdir()
+    elif kind == "best_model.pt":
+        shutil.copy(path.with_name("best_model.pt"), path)
+    else:
+        flipped = content[:-20000] + bytes([content[-20000] ^ 1]) + content[-19999:]
+        path.write_bytes({"empty": b"", "half": content[:len(content) // 2], "a flipped bit": flipped,
+                          "text": b"Once upon a time", "zeros": bytes(len(content))}[kind])
+
+
+@pytest.mark.parametrize(
+    "kind", ["a directory", "best_model.pt", "empty", "half", "a flipped bit", "text", "zeros"])
+def test_previous_serves_where_latest_is_damaged(halfway, reference, capsys, kind):
+    folder, config = halfway
+    latest = folder / "checkpoints" / "latest.pt"
+    damage(latest, kind)
+    assert go(config).code == 0
+    warning = capsys.readouterr().err
+    assert f"WARNING: {latest} is {'a best_model.pt' if kind == 'best_model.pt' else 'damaged'}" in warning
+    assert f"going on from {latest.with_name('previous.pt')}, step 9" in warning
+    assert len(list(latest.parent.glob("damaged-*.pt"))) == 1
+    assert differences(folder, reference) == []
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_sentence_and_kept(halfway):
+    folder, config = halfway
+    for name in ("latest.pt", "previous.pt"):
+        path = folder / "checkpoints" / name
+        checkpoint = train.load_checkpoint(path)
+        checkpoint["weights"] = checkpoint.pop("last_weights")
+        replace_checkpoint(folder, saved({**checkpoint, **checkpoint.pop("state"), "format": 2}), name)
+        assert train.load_checkpoint(path)["format"] == 2  # eval.py reads it
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"latest.pt .* earlier version.*nothing to resume from: use --fresh"):
+        go(config)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["a directory", "half"])
+def test_without_a_usable_checkpoint_nothing_is_overwritten_and_fresh_starts_anew(halfway, reference, kind):
+    folder, config = halfway
+    for name in ("latest.pt", "previous.pt"):
+        damage(folder / "checkpoints" / name, kind)
+    before = snapshot(folder)
+    both = r"latest.pt is damaged.*previous.pt is damaged.*nothing to resume from.*--fresh"
+    with pytest.raises(UserError, match=both):
+        go(config)
+    assert snapshot(folder) == before
+    assert go(config, fresh=True).code == 0
+    assert differences(folder, reference) == []
+
+
+# ---------------------------------------------------------------- a full disk
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    "name", ["checkpoints/latest.pt.tmp", "checkpoints/best_model.pt.tmp", "logs/metrics.jsonl"])
+def test_a_full_disk_while_training(halfway, reference, capsys, name):
+    folder, config = halfway
+    with opened(config) as run, pytest.raises(SystemExit) as ended:
+        if (folder / name).exists():
+            (folder / name).rename(folder / "aside")
+        (folder / name).symlink_to("/dev/full")
+        kept = (run.latest, run.folder / "previous.pt")
+        before = [p.read_bytes() for p in kept]
+        run_main(lambda: train.train(run, time.monotonic()))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    path = folder / name.removesuffix(".tmp")
+    full = f"error: cannot write {path}: No space left on device; about 0.1 MB are needed and "
+    assert error.startswith(full)
+    assert error.endswith("are free; make space and run the same command again") and "Traceback" not in error
+    assert [p.read_bytes() for p in kept] == before and not list(folder.glob("checkpoints/*.tmp"))
+    if name.endswith("jsonl"):
+        (folder / name).unlink()
+        (folder / "aside").rename(folder / name)
+    assert go(config).code == 0
+    assert differences(folder, reference) == []
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_no_space_for_the_whole_checkpoint(halfway, reference, capfd, share):
+    folder, config = halfway
+    kept = [folder / "checkpoints" / name for name in ("latest.pt", "previous.pt")]
+    before = [p.read_bytes() for p in kept]
+    size = (folder / "checkpoints" / "latest.pt").stat().st_size
+    with opened(config) as run:
+        def work():
+            most = max(3000, int(share * size))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+            return train.train(run, time.monotonic())
+
+        assert exit_code(forked(work)) == 2
+    assert f"error: cannot write {folder / 'checkpoints'}" in capfd.readouterr().err
+    assert [p.read_bytes() for p in kept] == before and not list(folder.glob("checkpoints/*.tmp"))
+    assert go(config).code == 0
+    assert differences(folder, reference) == []
+
+
+@needs_dev_full
+def test_a_full_disk_while_the_stream_is_written(tmp_path):
+    config = tiny_config(tmp_path, data__max_stories=20)
+    tokens = prepare(config)[1].tokens.copy()
+    before = snapshot(tmp_path / "data")
+    config.data.max_stories = 30
+    stream, = (tmp_path / "data").glob("*-train.bin")
+    temporary = stream.with_name(stream.name + ".tmp")
+    temporary.symlink_to("/dev/full")
+    full = f"cannot write {stream}: No space left on device; about .* make space"
+    with pytest.raises(UserError, match=full):
+        prepare(config)
+    assert snapshot(tmp_path / "data") == before
+    config.data.max_stories = 20
+    assert np.array_equal(prepare(config)[1].tokens, tokens)
+
+
+# ---------------------------------------------------------------- hostile files
+
+class Hostile:
+    """Its pickle writes a file when it is loaded without care."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch.save", "torch.save, old format"])
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(halfway, tmp_path, form):
+    folder, config = halfway
+    marker, buffer = tmp_path / "it ran", io.BytesIO()
+    content = {**train.load_checkpoint(folder / "checkpoints" / "latest.pt"), "format": Hostile(marker)}
+    if form == "pickle":
+        pickle.dump(content, buffer)
+    else:
+        torch.save(content, buffer, _use_new_zipfile_serialization=form == "torch.save")
+    for name in ("latest.pt", "previous.pt"):
+        replace_checkpoint(folder, buffer.getvalue(), name)
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        train.load_checkpoint(folder / "checkpoints" / "latest.pt")
+    with pytest.raises(UserError, match="nothing to resume from"):
+        go(config)
+    assert not marker.exists()
+    torch.load(io.BytesIO(saved(Hostile(marker))), weights_only=False)
+    assert marker.exists()  # so it would have
+
+
+# ---------------------------------------------------------------- two trainers
+
+def test_a_second_trainer_stops_and_the_lock_of_a_killed_one_does_not_block(tmp_path, reference, capsys):
+    config = tiny_config(tmp_path)
+    ready, write = os.pipe()
+
+    def work():
+        with before_step(5, lambda: (os.write(write, b"!"), signal.pause())):
+            return go(config).code
+
+    first = forked(work)
+    assert os.read(ready, 1) == b"!"
+    before = snapshot(tmp_path)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_main(lambda: go(config))
+    finally:
+        os.kill(first, signal.SIGKILL)
+        exit_code(first)
+    assert ended.value.code == 2
+    assert f"error: process {first} is training in {tmp_path}" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+    assert go(config).code == 0
+    assert differences(tmp_path, reference) == []
+
+
+# ---------------------------------------------------------------- a changed world
+
+@pytest.mark.parametrize(("setting", "old", "new"), [
+    ("training.batch_size", 4, 8), ("training.tokenizer_type", "'char'", "'bpe'"), ("model.d_ff", 32, 64),
+    ("training.seed", 1337, 1), ("data.max_stories", 10_000, 20),
+    ("training.optimizer", "'muon'", "'adamw'")])
+def test_another_setting_is_an_error_that_changes_nothing(halfway, setting, old, new):
+    folder, config = halfway
+    before = snapshot(folder)
+    config.set(setting, str(new).strip("'"))
+    undo = "undo that to go on with the old run, or use --fresh"
+    with pytest.raises(UserError, match=f"{setting} was {old} and is {new}; {undo}"):
+        go(config)
+    assert snapshot(folder) == before
+
+
+def test_other_stories_under_the_same_path_are_an_error(tmp_path, reference):
+    config = tiny_config(tmp_path)
+    stop_after(config, 9)
+    stories = tmp_path / "stories.txt"
+    before = snapshot(tmp_path / "checkpoints", tmp_path / "logs")
+    text = stories.read_text()
+    stories.write_text(text.replace("Once", "Twice"))
+    changed = r"the sha256 of the train stories was '\w+' and is '\w+';.* undo that .* or use --fresh"
+    with pytest.raises(UserError, match=changed):
+        go(config)
+    assert snapshot(tmp_path / "checkpoints", tmp_path / "logs") == before
+    stories.write_text(text)
+    assert go(config).code == 0
+    assert differences(tmp_path, reference) == []
+
+
+def test_fresh_moves_the_old_run_aside_and_loses_nothing(halfway, reference):
+    folder, config = halfway
+    config.training.batch_size = 8
+    before = sorted(snapshot(folder / "checkpoints", folder / "logs").values())
+    with opened(config, fresh=True) as run:
+        assert run.state.step == 0
+    aside = [p for kind in ("checkpoints", "logs") for p in folder.glob(f"{kind}/old-*/*")]
+    assert sorted(p.read_bytes() for p in aside) == before
+    config.training.batch_size = 4
+    assert go(config).code == 0
+    assert differences(folder, reference) == []
+
+
+def test_metrics_without_a_checkpoint_are_moved_aside_too(halfway, reference):
+    folder, config = halfway
+    lines = (folder / "logs" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    assert go(config).code == 0
+    assert [p.read_bytes() for p in folder.glob("logs/old-*/metrics.jsonl")] == [lines]
+    assert differences(folder, reference) == []
+
+
+def test_best_model_alone_is_refused_and_kept(halfway):
+    folder, config = halfway
+    for name in ("latest.pt", "previous.pt"):
+        (folder / "checkpoints" / name).unlink()
+    before = snapshot(folder / "checkpoints", folder / "logs")
+    alone = "holds best_model.pt and no latest.pt; there is nothing to resume from: use --fresh"
+    with pytest.raises(UserError, match=alone):
+        go(config)
+    assert snapshot(folder / "checkpoints", folder / "logs") == before
+
+
+def test_changes_that_are_safe_are_allowed_and_printed(halfway, capsys):
+    folder, config = halfway
+    config.training.max_steps, config.training.eval_interval = 16, 6
+    run = go(config)
+    printed = capsys.readouterr().err
+    assert f"changed since {folder / 'checkpoints' / 'latest.pt'}: " in printed
+    assert "training.max_steps was 24 and is 16; training.eval_interval was 4 and is 6" in printed
+    assert run.code == 0 and [line["step"] for line in metrics(folder)] == [4, 8, 12, 16]
+
+
+def test_any_damage_to_a_stream_or_its_description_is_noticed(tmp_path):
+    config = tiny_config(tmp_path)
+    tokenizer, stream, _ = prepare(config)
+    tokens = stream.tokens.copy()  # the file that the memmap shows is damaged below
+    files = {p: p.read_bytes() for p in sorted((tmp_path / "data").glob("[!.]*"))}
+    assert len(files) == 3
+    rng = random.Random(0)
+    for path, content in files.items():
+        for _ in range(15):
+            place = rng.randrange(len(content))
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+            again = prepare(config)
+            assert np.array_equal(again[1].tokens, tokens) and again[1].info == stream.info
+            assert again[0].spec() == tokenizer.spec()
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+@pytest.mark.parametrize("tail", [b'{"step": 24, "train_lo', b'{"step": 24}\n{"step": 30}\n', b"\0\0\0\0"])
+def test_metrics_beyond_the_checkpoint_are_cut_off(halfway, reference, tail):
+    folder, config = halfway
+    with open(folder / "logs" / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    assert go(config).code == 0
+    assert differences(folder, reference) == []
+
+
+def test_lost_metrics_are_a_warning_and_the_rest_stays_readable(halfway, reference, capsys):
+    folder, config = halfway
+    os.truncate(folder / "logs" / "metrics.jsonl", 500)  # in the middle of a line
+    assert go(config).code == 0
+    assert "has lost lines since the checkpoint" in capsys.readouterr().err
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [4, 12, 16, 20, 24]
+    assert all(line in metrics(reference) for line in lines)
