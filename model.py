@@ -263,7 +263,8 @@ class RMSNormFunction(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight).to(dtype)
+        y = x * scale * weight  # in place, or converted to what it is, torch 2.11 compiles a gradient of zero
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
