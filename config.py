@@ -8,12 +8,14 @@ Change a setting in one of three ways; later ones win:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import math
 import os
 import re
+import signal
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -246,8 +248,13 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main) -> None:
     """Runs a script's main(); a UserError becomes one line on standard error and exit code 2.
 
-    A closed output is no error, and a character that an output cannot encode is replaced.
+    A closed output is no error, a character that an output cannot encode is replaced, and a signal that ends
+    it does so by an exception, which leaves no half-written file.
     """
+    with contextlib.suppress(ValueError):  # off the main thread
+        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+            if number and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: sys.exit(128 + number))
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "w"))

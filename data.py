@@ -13,7 +13,9 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
+import mmap
 import os
 import re
 import shutil
@@ -36,6 +38,14 @@ from config import ArgumentParser, Config, UserError, config, run_main
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+PATIENCE = 120  # seconds to wait for the Hub, or for another process
+
+SEPARATORS = (  # of stories, the likelier first
+    rb"(?m)<\|endoftext\|>(?<![^\n\xbf]<\|endoftext\|>)[ \t\r]*$",  # a line; \xbf: or after a byte-order mark
+    rb"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]",
+    rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
+    rb"\n(?:[ \t\r]*\n){2,}")
 
 
 # ---------------------------------------------------------------- stories
@@ -48,110 +58,205 @@ class TokenizerUnavailable(UserError):
     """GPT-2's vocabulary cannot be had."""
 
 
+def within(seconds: float | None, work: Callable, *args):
+    """Returns work(*args), and says so where that takes long. Raises TimeoutError after `seconds`."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # which the end of the process does not wait for
+    if seconds == PATIENCE:
+        with contextlib.suppress(TimeoutError):
+            return future.result(seconds / 10)
+        say(f"the Hub does not answer: trying for {seconds:g} seconds")
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {seconds:g} seconds") from None
+
+
 def reachable(url: str, seconds: float = 6) -> bool:
     """Whether a server answers within `seconds`, whatever it answers; a name that is never found does not."""
     import requests  # comes with datasets; imported only where it is used
 
-    answers = []
-
-    def ask():
-        with contextlib.suppress(OSError, ValueError):  # ValueError: not an address at all
-            answers.append(requests.head(url, timeout=seconds))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return len(answers) > 0
+    with contextlib.suppress(OSError, ValueError):  # ValueError: not an address at all
+        return within(seconds, functools.partial(requests.head, url, timeout=seconds)) is not None
+    return False
 
 
-def read_stories(path: Path) -> Iterator[str]:
-    """Yields the stories of a text file, between lines `<|endoftext|>`, stripped, without empty ones."""
-    try:
+def find_separator(path: Path, alone: bool) -> re.Pattern | None:
+    """Returns what separates the stories of a text, by its first 16 MB; None where nothing does. Says what it
+    is, and what looks like it and is not. In a text that is not `alone`, dashes and newlines are its own.
+    """
+    with open(path, "rb") as file:
+        head, separator = file.read(2**24), None
+    for pattern in SEPARATORS if alone else SEPARATORS[:2]:
+        found = Counter(mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head))
+        names = ", ".join(sorted(found.keys() - {END_OF_TEXT}))
+        if not separator and (found.total() > 1 or END_OF_TEXT in found):
+            separator = re.compile(pattern)
+            if pattern != SEPARATORS[0]:
+                say(f"{path}: stories are separated by {names or END_OF_TEXT}")
+        elif names and (not separator or pattern == SEPARATORS[1]):
+            say(f"WARNING: {path}: {names} is read as text, not as the end of a story")
+    return separator
+
+
+def read_stories(path: Path, alone: bool = True) -> Iterator[str]:
+    """Yields the stories of a text file, stripped, without empty ones; all of it where nothing separates."""
+    separator, start = find_separator(path, alone), 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for match in itertools.chain(separator.finditer(text) if separator else (), [None]):
+            story = text[start:match and match.start()].decode("utf-8-sig")
+            if story := story.replace("\r\n", "\n").replace("\r", "\n").strip():
+                yield story
+            start = match and match.end()
+
+
+def read_rows(path: Path, alone: bool) -> Iterator:
+    """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
+    if not path.stat().st_size:
+        return
+    if path.suffix.lower() == ".txt":
+        yield from read_stories(path, alone)
+    elif path.suffix.lower() == ".parquet":
+        import pyarrow.parquet  # comes with datasets
+
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+    else:
         with open(path, encoding="utf-8-sig") as file:
-            for separator, lines in itertools.groupby(file, key=lambda line: line.strip() == END_OF_TEXT):
-                if not separator and (story := "".join(lines).strip()):
+            is_array = file.read(100).lstrip().startswith("[")
+            file.seek(0)
+            yield from json.load(file) if is_array else map(json.loads, filter(str.strip, file))
+
+
+def read_texts(sources: dict[str, Callable[[], Iterator]]) -> Iterator[str]:
+    """Yields the stories in {name: rows}, files or a Hub dataset, from their column text, story or content,
+    or the only one with text, which must be the same in all of them. Raises UserError.
+    """
+    column = None
+    for name, begin in sources.items():
+        try:
+            for row in begin():
+                if isinstance(row, dict):
+                    if column not in row:
+                        texts = [key for key, value in row.items() if isinstance(value, str)]
+                        known = [key for key in ("text", "story", "content") if key in row]
+                        if column or len(known[:1] or texts) != 1:
+                            raise UserError(f"{name} has no column {column or 'text, story or content'}; its "
+                                            f"columns are {', '.join(row)}")
+                        column, = known[:1] or texts
+                    row = row[column]
+                if not isinstance(row, str | None):
+                    raise UserError(f"{name} holds {str(row)[:40]} in its column {column}, which is no text")
+                if row and (story := row.strip()):
                     yield story
-    except UnicodeDecodeError as error:
-        place = f"{error.reason} after about {error.start} bytes"
-        raise UserError(f"{path} is not UTF-8 text ({place}); convert it") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 text ({error.reason}); convert it") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}") from error
 
 
-def locate(name: str) -> Path | None:
-    """Returns the file or folder of a local dataset, None for the Hub's. Raises UserError for neither."""
+def by_split(names: Iterable[str]) -> dict[str, list[str]]:
+    """Groups files or splits: for validation are those with valid, val, dev or test in their names."""
+    groups = {split: [] for split in SPLITS}
+    for name in names:
+        held_out = re.search(r"(?<![a-z])(valid|validation|val|dev|test)(?![a-z])", name.lower())
+        groups["validation" if held_out else "train"].append(name)
+    return groups if all(groups.values()) else {"train": list(names)}
+
+
+def locate(name: str) -> dict[str, list[Path]] | None:
+    """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
     path = SAMPLE if name == "sample" else Path(name)
-    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
-        return path
-    if path.is_file():
-        raise UserError(f"data.dataset = {name!r} is no .txt file; of parquet or json files, name the folder")
-    if path.suffix in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
-        raise UserError(f"data.dataset = {name!r} does not exist")
+    files = [p for p in (sorted(path.rglob("[!.]*")) if path.is_dir() else [path])
+             if p.is_file() and p.suffix.lower() in SUFFIXES]
+    if files:
+        kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
+        names = [p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind]
+        return {split: [path / name for name in part] for split, part in by_split(names).items()}
+    if path.exists() or path.is_symlink() or path.suffix.lower() in SUFFIXES:
+        state = ("is no file and no folder of files " + ", ".join(SUFFIXES) if path.exists() else
+                 f"is a link to {path.readlink()}, which is gone" if path.is_symlink() else "does not exist")
+        raise UserError(f"data.dataset = {name!r} {state}")
     if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
                         "and not the name of a Hub dataset such as roneneldan/TinyStories")
     return None
 
 
-def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
-    """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
-    without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
-    """
-    path = locate(name)
-    if path and path.is_file():
-        return {"train": lambda: read_stories(path)}
-    name = "roneneldan/TinyStories" if name == "tinystories" else name
+def open_hub(name: str, limited: bool) -> dict[str, dict]:
+    """Returns {split: {name: rows}} of a Hub dataset, streamed if `limited`. Raises UserError."""
     wants_no_hub = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    offline = path is None and (wants_no_hub or not reachable(hub))
+    offline = wants_no_hub or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the import of `datasets`: an earlier download serves
     import datasets  # takes a second: imported only where it is used
 
+    for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
+        logging.getLogger(library).setLevel(logging.ERROR)
+    streaming = limited and not offline
+    patience = PATIENCE if streaming else None  # a download takes its time, and its retries end by themselves
     try:
-        splits = datasets.load_dataset(name, streaming=path is not None or (limited and not offline))
-        columns = next(iter(splits.values())).column_names
+        splits = within(patience, functools.partial(datasets.load_dataset, name, streaming=streaming))
     except Exception as error:  # datasets raises many kinds
         reason = "no answer from the Hub and no earlier download" if offline else first_line(error)
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
-    if "train" not in splits or (columns is not None and "text" not in columns):
-        raise UserError(f"the dataset {name!r} must have a split 'train' with a column 'text'; it has the "
-                        f"splits {', '.join(splits)} and the columns {', '.join(columns or ['?'])}")
+    if "train" not in splits:
+        raise UserError(f"the dataset {name!r} must have a split 'train'; it has {', '.join(splits)}")
 
-    def stories(split: str) -> Iterator[str]:
-        try:
-            for rows in splits[split].iter(batch_size=1000):
-                yield from (story for text in rows["text"] if (story := (text or "").strip()))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DatasetUnavailable(f"reading the dataset {name!r} failed: {first_line(error)}") from error
+    def rows(split: str) -> Iterator[dict]:
+        batches = splits[split].iter(batch_size=1000)
+        while batch := within(patience, next, batches, None):
+            yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
 
-    known = {"validation" if split in ("valid", "val") else split: split for split in splits}
-    return {split: functools.partial(stories, known[split]) for split in SPLITS if split in known}
+    return {split: {f"the dataset {name!r}": functools.partial(rows, split if split in part else part[0])}
+            for split, part in by_split(splits).items()}
+
+
+def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
+    """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
+    without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
+    """
+    if files := locate(name):
+        sources = {split: {str(path): functools.partial(read_rows, path, len(paths) == 1) for path in paths}
+                   for split, paths in files.items()}
+    else:
+        sources = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
+    return {split: functools.partial(read_texts, source) for split, source in sources.items()}
 
 
 def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
     """Returns two functions that start an iteration over the training and the validation stories.
 
-    Without a validation split, the last 5 % of the stories (at least one) are held out. A training story that
-    is also a validation story, word for word, is left out.
+    Without a validation split, the last 5 % of the stories (at least one) are held out, or of the only one. A
+    training story that is also a validation story, word for word, is left out.
     """
     n_training = None  # all
     if "validation" not in splits:
         n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
         n_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
+        if n_stories == 1:
+            say(f"one long text, since no line {END_OF_TEXT} separates stories: its last lines are held out")
+            text, n_training = next(splits["train"]()), None
+            end = max(0, text.rfind("\n", len(text) // 2, len(text) * 95 // 100))
+            splits = {"train": lambda: filter(None, [text[:end].strip()]),
+                      "validation": lambda: [text[end:].strip()]}
 
     def validation() -> Iterator[str]:
         begin, first = (splits["validation"], 0) if n_training is None else (splits["train"], n_training)
         return itertools.islice(begin(), first, None if max_val_stories is None else first + max_val_stories)
 
-    def digest(story: str) -> bytes:
-        return hashlib.blake2b(story.encode("utf-8", "replace"), digest_size=16).digest()
-
-    seen = {digest(story) for story in validation()}
+    seen = set(map(hash, validation()))
 
     def training() -> Iterator[str]:
         candidates = itertools.islice(splits["train"](), n_training)
-        return itertools.islice((story for story in candidates if digest(story) not in seen), max_stories)
+        return itertools.islice((story for story in candidates if hash(story) not in seen), max_stories)
 
     return training, validation
 
@@ -223,15 +328,9 @@ class BPETokenizer:
 
         Raises TokenizerUnavailable.
         """
-        cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken"))))
-        host = "https://openaipublic.blob.core.windows.net"
-        urls = [f"{host}/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")]
-        names = [hashlib.sha1(url.encode()).hexdigest() for url in urls]  # tiktoken's
+        cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         try:
-            cached = all((cache / name).exists() for name in names)
-            if not cached and not reachable(host):  # tiktoken has no timeout
-                raise OSError(f"{host} cannot be reached")
-            encoding = tiktoken.get_encoding("gpt2")
+            encoding = within(20, tiktoken.get_encoding, "gpt2")  # tiktoken itself has no timeout
         except (OSError, ValueError) as error:
             raise TokenizerUnavailable(
                 f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({first_line(error)}); "
@@ -246,7 +345,8 @@ class BPETokenizer:
         pair of byte strings. Counts are kept per distinct word and changed only where a merge applies.
         """
         split = regex.compile(cls.PATTERN).findall
-        word_counts = Counter(itertools.chain.from_iterable(map(split, stories)))
+        longest = 256  # characters of a word that merges are learned from, which are quadratic in them
+        word_counts = Counter(word[:longest] for story in stories for word in split(story))
         words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in word_counts]
         counts = list(word_counts.values())
 
@@ -257,7 +357,9 @@ class BPETokenizer:
                 words_with[pair].add(i)
 
         tokens = {bytes([b]): None for b in range(256)}  # an ordered set
-        while len(tokens) < vocab_size - 1 and pair_counts:
+        for _ in progress(range(256, vocab_size - 1), None, "training the tokenizer", "tokens"):
+            if not pair_counts:
+                break
             highest = max(pair_counts.values())
             best = max(pair for pair, count in pair_counts.items() if count == highest)
             tokens[best[0] + best[1]] = None
@@ -273,13 +375,14 @@ class BPETokenizer:
         return cls(list(tokens))
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        pieces = re.split(r"(\s{10000})", text)  # on a million blanks tiktoken's pattern runs out of stack
+        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, as in a cut emoji; `encode` replaces it
+        except ValueError:  # half a surrogate pair, as in a cut emoji, or blanks; `encode` does without
             return np.array(self.encode(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -368,9 +471,9 @@ def make_tokenizer(request: dict, data_dir: Path, stories: Callable[[], Iterator
     return tokenizer
 
 
-def build_streams(stem: Path, request: dict) -> None:
+def build_streams(stem: Path, dataset: str, request: dict) -> None:
     """Writes the two streams and, last, the JSON that describes them. Raises UserError."""
-    dataset, limits = request["dataset"], (request["max_stories"], request["max_val_stories"])
+    limits = request["max_stories"], request["max_val_stories"]
     stories = hold_out(open_dataset(dataset, limited=limits[0] is not None), *limits)
     tokenizer = make_tokenizer(request, stem.parent, stories[0])
     spec = tokenizer.spec()
@@ -381,34 +484,36 @@ def build_streams(stem: Path, request: dict) -> None:
             counts = encode_stories(shown, tokenizer, file.write)
             if not counts["stories"]:
                 raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs "
-                                "at least two different ones")
+                                f"at least two different ones, with a line {END_OF_TEXT} between them")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
-    with atomic_write(stem.with_suffix(".json")) as file:
+    description["content"] = content(description)
+    with atomic_write(Path(f"{stem}.json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
 
 
-def read_streams(stem: Path, request: dict) -> tuple | None:
-    """Returns (tokenizer, train stream, validation stream) where they are whole and as requested, or None."""
-    try:
-        description = json.loads(stem.with_suffix(".json").read_text())
-        if description.pop("sha256") != json_hash(description) or description["request"] != request:
-            return None
-        streams = []
-        for split in SPLITS:
-            path = Path(f"{stem}-{split}.bin")
-            if file_hash(path) != description[split]["sha256"]:
-                return None
-            streams.append(Stream(np.memmap(path, np.uint16, "c"), description[split]))
-        return tokenizer_from_spec(description["tokenizer"]), *streams
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def find_streams(folder: Path, dataset: str | None = None, **wanted) -> tuple | None:
+    """Returns (tokenizer, train stream, validation stream) of the first whole streams in the folder whose
+    description has the wanted request or content, or None. `dataset` is what they are called now.
+    """
+    for path in sorted(folder.glob("*-train.bin")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            stem, streams = str(path).removesuffix("-train.bin"), []
+            description = json.loads(Path(stem + ".json").read_text())
+            whole = description.pop("sha256") == json_hash(description)
+            if whole and all(description[key] == value for key, value in wanted.items()):
+                for split in SPLITS:
+                    path, info = Path(f"{stem}-{split}.bin"), description[split]
+                    streams.append(Stream(np.memmap(path, np.uint16, "c"), info))
+                    info["dataset"] = dataset or info["dataset"]
+                    whole = whole and file_hash(path) == info["sha256"]
+                if whole:
+                    return tokenizer_from_spec(description["tokenizer"]), *streams
+    return None
 
 
-def fingerprint(dataset: str) -> list | None:
-    """What changes when a local dataset does: the names and hashes of its files."""
-    if (path := locate(dataset)) is None or path.is_file():
-        return path and [file_hash(path)]
-    return [f"{p.relative_to(path)} {file_hash(p)}" for p in sorted(path.rglob("*")) if p.is_file()]
+def content(dataset: dict) -> list[str]:
+    """What streams are: the SHA-256 of their tokens, of {split: info} as in a checkpoint."""
+    return [dataset[split]["sha256"] for split in SPLITS]
 
 
 def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
@@ -419,11 +524,17 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
     tokenizer. The streams' `info` says what they really are. Raises UserError.
     """
     dataset, kind = config.data.dataset, config.training.tokenizer_type
-    if dataset != "auto":
-        return prepare_streams(config, dataset, kind)
-    if checkpoint:
+    if dataset == "auto" and checkpoint:
         dataset, kind = checkpoint["dataset"]["train"]["dataset"], checkpoint["tokenizer"]["type"]
-        return prepare_streams(config, dataset, kind)
+    if dataset != "auto":
+        try:
+            return prepare_streams(config, dataset, kind)
+        except UserError as error:
+            if not checkpoint or not (found := find_streams(
+                    Path(config.data.data_dir), content=content(checkpoint["dataset"]))):
+                raise
+            say(f"{error}: its streams in {config.data.data_dir} serve")
+            return found
     try:
         return prepare_streams(config, "tinystories", kind)
     except DatasetUnavailable as error:
@@ -440,23 +551,36 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
 
 
 def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
-    """`prepare` for a dataset and a type of tokenizer that are what they say."""
-    data = config.data
-    request = {"dataset": dataset, "fingerprint": fingerprint(dataset), "max_stories": data.max_stories,
+    """`prepare` for a dataset and a type of tokenizer that are what they say. What is there is only read."""
+    data, folder, files = config.data, Path(config.data.data_dir), locate(dataset)
+    try:  # wherever its files lie
+        source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
+    except OSError as error:
+        raise UserError(f"cannot read {dataset}: {first_line(error)}") from error
+    request = {"dataset": source or dataset, "max_stories": data.max_stories,
                "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
     if kind == "bpe":
         request["bpe_vocab_size"] = config.training.bpe_vocab_size
-        kind += str(config.training.bpe_vocab_size)
-    stem = Path(data.data_dir, f"{re.sub(r'[^A-Za-z0-9]+', '-', dataset).strip('-')}-{kind}")
+    if found := find_streams(folder, dataset, request=request):
+        return found
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(stem.with_name(".lock")):  # several processes may prepare the same streams
-            if not (streams := read_streams(stem, request)):
-                build_streams(stem, request)
-                streams = read_streams(stem, request)
-            return streams
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, owner = filelock.FileLock(folder / ".lock"), ""
+        try:
+            lock.acquire(timeout=5 * PATIENCE)  # several processes may prepare the same streams
+        except (OSError, NotImplementedError) as error:
+            owner = f"-{os.getpid()}"
+            say(f"going on without the lock {folder / '.lock'}, which cannot be had: {first_line(error)}")
+        try:
+            if not (found := find_streams(folder, dataset, request=request)):
+                build_streams(folder / f"{name}-{json_hash(request)}{owner}-{kind}", dataset, request)
+                found = find_streams(folder, dataset, request=request)
+            return found
+        finally:
+            lock.release()
     except OSError as error:
-        raise write_error(stem.parent, error) from error
+        raise write_error(folder, error) from error
 
 
 # ---------------------------------------------------------------- batches
@@ -573,7 +697,12 @@ def json_hash(value) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return reason.splitlines()[0]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:

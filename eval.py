@@ -27,8 +27,8 @@ import torch
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, config, parse_value, run_main)
 from data import (
-    END_OF_TEXT, Stream, atomic_write, encode_stories, open_dataset, prepare, progress, story_windows,
-    tokenizer_from_spec, write_error)
+    END_OF_TEXT, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, locate, open_dataset,
+    prepare, progress, story_windows, tokenizer_from_spec, write_error)
 from model import NORM_EPS, ROPE_THETA, Transformer
 from train import choose_device, evaluate, load_checkpoint, log
 
@@ -148,12 +148,22 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
 
 # ---------------------------------------------------------------- the stories of a checkpoint, and any others
 
-def open_streams(checkpoint: dict) -> tuple[Stream, Stream]:
-    """Returns the training and the validation stream of a checkpoint, prepared anew where they are gone.
+def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Stream]:
+    """Returns the training and the validation stream of a checkpoint, wherever they lie: in its data_dir here
+    or in a folder above its `path`, in the project's data/; or prepared anew from their text.
 
     Raises UserError where they cannot be had or are no longer those that the checkpoint was trained with.
     """
-    _, *streams = prepare(Config.of(checkpoint["config"]), checkpoint)
+    config, above = Config.of(checkpoint["config"]), [Path(), *Path(path).absolute().parents]
+    for folder in (*(place / config.data.data_dir for place in above), SAMPLE.parent):
+        if found := find_streams(folder, content=content(checkpoint["dataset"])):
+            return found[1:]
+    dataset = Path(config.data.dataset)
+    config.data.dataset = next((str(p / dataset) for p in above if (p / dataset).exists()), str(dataset))
+    try:
+        _, *streams = prepare(config, checkpoint)
+    except UserError as error:
+        raise UserError(f"no stories of the checkpoint: {error}; name others with --data") from error
     for stream in streams:
         trained = checkpoint["dataset"][stream.info["split"]]
         if stream.info["sha256"] != trained["sha256"]:
@@ -431,7 +441,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
     """Prints loss, probes and generation quality, what is quick first; or all as one JSON object."""
     training, say = None, (lambda text: None) if options.json else functools.partial(print, flush=True)
     try:
-        training, stream = open_streams(checkpoint)
+        training, stream = open_streams(checkpoint, options.checkpoint)
     except UserError as error:
         if not options.data:
             raise
@@ -738,8 +748,9 @@ probes, and generated stories beside real ones. Results go to standard output, p
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(DESCRIPTION, settings=False)
     parser.add_argument("--checkpoint", metavar="FILE", help="default: checkpoints/best_model.pt")
-    parser.add_argument("--data", metavar="NAME", help="evaluate on a .txt file or any dataset that train.py "
-                        "takes; default: the checkpoint's validation stories")
+    parser.add_argument("--data", metavar="NAME", type=lambda name: (locate(name), name)[1],
+                        help="evaluate on any file, folder or dataset that train.py takes; default: the "
+                        "checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--json", action="store_true", help="print the evaluation as one JSON object")
     modes.add_argument("--generate", nargs="+", metavar="OPENING", help='tell stories; "" is allowed')

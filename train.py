@@ -38,7 +38,7 @@ from data import Batches, append_line, atomic_write, first_line, prepare, story_
 from model import Transformer
 
 CHECKPOINT_FORMAT, READABLE_FORMATS = 3, (2, 3)  # a best_model.pt of format 2 is the same
-FIXED = ("model.", "data.dataset", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
+FIXED = ("model.", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
          "training.batch_size", "training.seed", "training.optimizer",
          "the sha256", "the tokenizer")  # another value makes it another run
 FELL_BACK = "WARNING: this run is on the bundled sample stories, since TinyStories could not be reached"

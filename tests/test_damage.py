@@ -160,8 +160,10 @@ def test_a_full_disk_while_the_stream_is_written(tmp_path):
     config = tiny_config(tmp_path, data__max_stories=20)
     tokens = prepare(config)[1].tokens.copy()
     before = snapshot(tmp_path / "data")
-    config.data.max_stories = 30
-    stream, = (tmp_path / "data").glob("*-train.bin")
+    config.data.max_stories, config.data.data_dir = 30, str(tmp_path / "elsewhere")
+    prepare(config)
+    stream, = (tmp_path / "elsewhere").glob("*-train.bin")  # what the next one will be called, too
+    config.data.data_dir, stream = str(tmp_path / "data"), tmp_path / "data" / stream.name
     temporary = stream.with_name(stream.name + ".tmp")
     temporary.symlink_to("/dev/full")
     full = f"cannot write {stream}: No space left on device; about .* make space"

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import pickle
 import random
 import re
@@ -333,6 +334,7 @@ def test_json_is_one_object_with_every_figure(checkpoint, command):
 
 def test_changed_stories_are_an_error_and_not_evaluated_silently(tmp_path, command):
     checkpoint = make_checkpoint(tmp_path)
+    shutil.rmtree(tmp_path / "data")  # the streams, which would serve
     write_stories(tmp_path / "stories.txt", STORIES[::-1])
     code, out, err = command("--checkpoint", checkpoint)
     assert (code, out) == (2, "") and err.startswith("error: ")
@@ -355,6 +357,7 @@ def test_another_text_is_evaluated_as_a_whole(checkpoint, command, tmp_path):
 
 def test_another_text_needs_no_training_stories_and_unknown_characters_are_counted(tmp_path, command):
     checkpoint = make_checkpoint(tmp_path, "char")
+    shutil.rmtree(tmp_path / "data")
     (tmp_path / "stories.txt").unlink()
     (tmp_path / "other.txt").write_text("Zoë§ sat. Zoë ran.")
     other = ("--data", "other.txt", "--json", "--max_new_tokens", 4)
@@ -581,14 +584,14 @@ def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, ca
     (["--top_p", "1.1"], ["top_p", "1.1"]), (["--max_new_tokens", "0"], ["max_new_tokens", "0"]),
     (["--num_samples", "0"], ["num_samples", "0"]),
     (["--seed", "-1"], ["seed", "-1"]), (["--device", "tpu"], ["--device", "tpu", "cuda"]),
-    (["--device", "cuda:99"], ["device = 'cuda:99'", "cpu"]), (["--generate"], ["--generate"]),
+    (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]), (["--generate"], ["--generate"]),
     (["--inspect", ""], ["--inspect"]),
     (["--nonsense"], ["--nonsense", "--help"]), (["--plot", "--json"], ["--plot", "--json"]),
     (["--json", "--generate", "x"], ["--json", "--generate"]), (["--inspect", "x", "--plot"], ["--inspect"]),
-    (["--data", "nowhere.txt"], ["nowhere.txt", "does not exist"]),
-    (["--data", "x", "--generate", "y"], ["--data", "--generate"]),
-    (["--data", "x", "--inspect", "y"], ["--data", "--inspect"]),
-    (["--data", "x", "--plot"], ["--data", "--plot"]),
+    (["--data", "nowhere.txt"], ["--data", "nowhere.txt", "does not exist"]),
+    (["--data", "sample", "--generate", "y"], ["--data", "--generate"]),
+    (["--data", "sample", "--inspect", "y"], ["--data", "--inspect"]),
+    (["--data", "sample", "--plot"], ["--data", "--plot"]),
     (["--png", "x.png"], ["--png"])])
 def test_a_mistake_is_one_sentence_and_changes_nothing(checkpoint, command, tmp_path, options, names):
     before = files(checkpoint.parent.parent)

@@ -1,0 +1,489 @@
+"""What people bring as a dataset: folders, paths, separators, text that breaks things, a Hub that fails."""
+
+import builtins
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import filelock
+import pytest
+from conftest import exit_code, forked, go, snapshot, stop_after, tiny_config, write_stories
+
+import data
+import eval as evaluation
+import train
+from config import Config, UserError
+from data import BPETokenizer, hold_out, open_dataset, prepare
+
+STORIES = [f"This is story number {i}, my dear.\n\nIt ends well." for i in range(40)]
+
+
+def char_config(folder: Path, dataset: Path | str, **settings) -> Config:
+    made = Config()
+    made.data.dataset, made.data.data_dir = str(dataset), str(folder / "data")
+    made.training.tokenizer_type = "char"
+    for name, value in settings.items():
+        made.set(name.replace("__", "."), value)
+    return made
+
+
+def split(dataset: Path) -> tuple[list[str], list[str]]:
+    """The training and the validation stories of a dataset."""
+    training, validation = hold_out(open_dataset(str(dataset), True), None, None)
+    return list(training()), list(validation())
+
+
+# ---------------------------------------------------------------- a run is its content
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("how", ["moved", "dotted", "another data_dir", "gone"])
+def test_a_run_goes_on_however_its_stories_are_spelt(tmp_path, reference, capsys, monkeypatch, how):
+    config = tiny_config(tmp_path)
+    stop_after(config, 9)
+    stories = tmp_path / "stories.txt"
+    if how == "moved":
+        config.data.dataset = str(stories.rename(tmp_path / "t.txt"))
+    elif how == "dotted":
+        monkeypatch.chdir(tmp_path)
+        config.data.dataset = "./stories.txt"
+    elif how == "another data_dir":
+        config.data.data_dir = str(tmp_path / "elsewhere")
+    else:
+        stories.unlink()
+    capsys.readouterr()
+    assert go(config).code == 0
+    printed = capsys.readouterr().err
+    changed = {"another data_dir": "data.data_dir was", "gone": "serve"}.get(how, "data.dataset was")
+    assert changed in printed
+    assert (tmp_path / "logs" / "metrics.jsonl").exists()
+    ours, theirs = (train.load_checkpoint(f / "checkpoints" / "latest.pt") for f in (tmp_path, reference))
+    assert all(ours["model"][k].equal(v) for k, v in theirs["model"].items())
+    built = list((tmp_path / "data").glob("*.bin"))
+    assert len(built) == 2  # none were made anew
+
+
+@pytest.mark.usefixtures("one_process")
+def test_other_stories_in_another_file_are_an_error(halfway, tmp_path):
+    _, config = halfway
+    config.data.dataset = str(write_stories(tmp_path / "other.txt", STORIES))
+    with pytest.raises(UserError, match="the sha256 of the train stories was .* undo that .* or use --fresh"):
+        go(config)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a project in which a run was made with relative paths."""
+    folder = tmp_path_factory.mktemp("project")
+    config = tiny_config(folder)
+    before, told = os.getcwd(), train.tell_story
+    os.chdir(folder)
+    train.tell_story = lambda *args, **kwargs: ""
+    try:
+        config.data.dataset, config.data.data_dir = "stories.txt", "data"
+        config.training.checkpoint_dir, config.training.log_dir = "checkpoints", "logs"
+        stop_after(config, 5)
+    finally:
+        os.chdir(before)
+        train.tell_story = told
+    return folder
+
+
+def streams_of(path: Path) -> list[str]:
+    checkpoint = train.load_checkpoint(path)
+    streams = evaluation.open_streams(checkpoint, path)
+    assert [s.info["sha256"] for s in streams] == [checkpoint["dataset"][s]["sha256"] for s in data.SPLITS]
+    return streams
+
+
+@pytest.mark.parametrize("kept", ["both", "streams", "text"])
+def test_a_checkpoint_is_evaluated_from_any_folder(finished, tmp_path, monkeypatch, kept):
+    project, elsewhere = tmp_path / "moved" / "project", tmp_path / "elsewhere"
+    shutil.copytree(finished, project)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    if kept == "text":
+        shutil.rmtree(project / "data")
+    if kept == "streams":
+        (project / "stories.txt").unlink()
+    before = snapshot(project)
+    checkpoint = next((project / "checkpoints").glob("latest.pt"))
+    streams_of(checkpoint)
+    assert snapshot(project) == before
+    if kept != "text":
+        assert not list(elsewhere.iterdir())
+
+
+def test_a_checkpoint_without_its_stories_says_what_to_do(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "checkpoints" / "latest.pt", tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'stories.txt' does not exist.*--data"):
+        streams_of(tmp_path / "model.pt")
+
+
+# ---------------------------------------------------------------- streams are kept and shared
+
+def test_streams_of_different_requests_stand_beside_each_other(tmp_path, monkeypatch):
+    built = []
+    build = data.build_streams
+    monkeypatch.setattr(data, "build_streams", lambda *args: built.append(args) or build(*args))
+    path = write_stories(tmp_path / "s.txt", STORIES)
+    for _ in range(2):
+        for limit in (None, 10, 20):
+            prepare(char_config(tmp_path, path, data__max_stories=limit))
+    assert len(built) == 3
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("s.txt", "./s.txt", f"{tmp_path}/../{tmp_path.name}/s.txt"):
+        _, stream, _ = prepare(char_config(tmp_path, spelling, data__max_stories=10))
+        assert stream.info["dataset"] == spelling and stream.info["stories"] == 10
+    prepare(char_config(tmp_path, path.rename("t.txt"), data__max_stories=10))
+    assert len(built) == 3
+
+
+def test_whole_streams_are_read_without_a_lock_and_nothing_is_written(tmp_path, monkeypatch):
+    path = write_stories(tmp_path / "s.txt", STORIES)
+    config = char_config(tmp_path, path)
+    prepare(config)
+    (tmp_path / "data" / ".lock").unlink()
+    before = snapshot(tmp_path)
+
+    def read_only(path, mode="r", *args, **kwargs):
+        assert not set(mode) & set("wa+x"), (path, mode)
+        return builtins.open(path, mode, *args, **kwargs)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(data, "open", read_only, raising=False)
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    prepare(config)
+    assert snapshot(tmp_path) == before and not (tmp_path / "data" / ".lock").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock"), None])
+def test_a_lock_that_cannot_be_had_does_not_block(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(data, "PATIENCE", 0.1)
+    config = char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))
+    (tmp_path / "data").mkdir()
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    with contextlib.ExitStack() as stack:
+        if error:
+            monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+        else:
+            held = filelock.FileLock(tmp_path / "data" / ".lock", is_singleton=False)
+            stack.enter_context(held)
+        started = time.monotonic()
+        prepare(config)
+        assert time.monotonic() - started < 5
+    assert "going on without the lock" in capsys.readouterr().err
+    before = snapshot(tmp_path)
+    prepare(config)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_long_path_makes_a_short_name(tmp_path):
+    path = tmp_path / ("many words " * 15) / ("long" * 50 + ".txt")
+    prepare(char_config(tmp_path, write_stories(path, STORIES)))
+    assert all(len(p.name) < 100 for p in (tmp_path / "data").iterdir())
+
+
+# ---------------------------------------------------------------- any dataset
+
+def test_a_folder_of_texts_has_the_splits_that_its_names_say(tmp_path):
+    write_stories(tmp_path / "d" / "TinyStories-train.txt", STORIES[:30])
+    write_stories(tmp_path / "d" / "TinyStories-valid.TXT", STORIES[30:])
+    write_stories(tmp_path / "d" / ".ipynb_checkpoints-train.txt", ["hidden"])
+    assert split(tmp_path / "d") == (STORIES[:30], STORIES[30:])
+
+
+def test_a_folder_of_texts_is_a_story_a_file_or_all_their_stories(tmp_path, capsys):
+    for i, story in enumerate(STORIES):
+        path = tmp_path / "one" / f"festival {i:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{story}\n\n\n\nThe\n---\nend.\n\n\n\n---\n")  # which are the story's own
+    training, validation = split(tmp_path / "one")
+    assert (len(training), len(validation)) == (38, 2) and training[0].endswith("end.\n\n\n\n---")
+    write_stories(tmp_path / "two" / "a.txt", STORIES[:20])
+    write_stories(tmp_path / "two" / "b.txt", STORIES[20:])
+    assert split(tmp_path / "two") == (STORIES[:38], STORIES[38:])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("column", ["text", "story", "content", "body"])
+@pytest.mark.parametrize("form", ["array.json", "lines.JSONL", "lines.json", "rows.Parquet", "strings.json"])
+def test_json_and_parquet_of_one_obvious_column(tmp_path, column, form):
+    rows = [{"n": i, column: f" {s} ", "more": {"a": [1]}} for i, s in enumerate([*STORIES, "", STORIES[0]])]
+    rows[5][column] = None
+    folder = tmp_path / "d"
+    folder.mkdir()
+    if form == "rows.Parquet":
+        pandas = pytest.importorskip("pandas")
+        pandas.DataFrame(rows).to_parquet(folder / form)
+    elif form == "strings.json":
+        (folder / form).write_text(json.dumps([row[column] for row in rows]))
+    else:
+        lines = "\n".join(map(json.dumps, rows))
+        (folder / form).write_text("\ufeff" + (json.dumps(rows, indent=1) if "array" in form else lines))
+    training, validation = split(folder)
+    assert training + validation == [*STORIES[1:5], *STORIES[6:], STORIES[0]]
+    assert split(folder / form) == (training, validation)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"a.jsonl": '{"a": "x", "b": "y"}'},
+     r"a.jsonl has no column text, story or content; its columns are a, b"),
+    ({"a.jsonl": '{"n": 1}'}, "a.jsonl has no column text, story or content; its columns are n"),
+    ({"a.jsonl": '{"text": "x"}', "b.jsonl": '{"body": "y"}'},
+     r"b.jsonl has no column text; its columns are body"),
+    ({"a.jsonl": '{"text": 7}'}, "a.jsonl holds 7 in its column text, which is no text"),
+    ({"a.jsonl": '{"story": ["x", "y"]}'}, "a.jsonl holds .* in its column story, which is no text"),
+    ({"a.json": '[{"text": {"en": "x"}}]'}, "a.json holds .*en.* in its column text, which is no text"),
+    ({"a.json": '{"text": '}, "cannot read .*a.json: "),
+    ({"a.json": '{"data": [{"text": "x"}]}'}, "a.json has no column .*; its columns are data"),
+    ({"a.parquet": "no parquet"}, "cannot read .*a.parquet: "),
+    ({"a.jsonl": b'{"text": "\xff"}'}, "a.jsonl is not UTF-8 text"),
+    ({"a.csv": "text\nx"}, "is no file and no folder of files .txt, .json, .jsonl, .parquet"),
+])
+def test_what_cannot_be_stories_is_one_sentence_with_the_file(tmp_path, files, message):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        prepare(char_config(tmp_path, folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dangling_link_is_one_sentence(tmp_path):
+    (tmp_path / "s.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="s.txt' is a link to .*nowhere.txt, which is gone"):
+        prepare(char_config(tmp_path, tmp_path / "s.txt"))
+
+
+# ---------------------------------------------------------------- separators
+
+@pytest.mark.parametrize(("between", "named"), [
+    ("\n<|endoftext|>\n", None), ("\r\n<|endoftext|>\r\n", None), ("<|endoftext|>\n", "<|endoftext|>"),
+    ("<|endoftext|>", "<|endoftext|>"), (" </s>\n", "</s>"),
+    ("\n<|end|>\n", "<|end|>"), ("\n<eos>\n", "<eos>"),
+    ("\n[SEP]\n", "[SEP]"), ("\n---\n", "---"), ("\n* * *\n", "* * *"), ("\n=====\n", "====="),
+    ("\n\n\n", "three newlines"), ("\n\n\n\n\n", "three newlines"), ("</s>\n<s>", "</s>, <s>"),
+])
+def test_separators_of_many_kinds(tmp_path, capsys, between, named):
+    path = tmp_path / "s.txt"
+    path.write_bytes(between.join(STORIES).encode())
+    training, validation = split(path)
+    assert training + validation == STORIES
+    printed = capsys.readouterr().err
+    assert (f"stories are separated by {named}" in printed) if named else printed == ""
+
+
+def test_what_looks_like_a_separator_and_is_not_is_named(tmp_path, capsys):
+    path = tmp_path / "s.txt"
+    path.write_text("\n<|endoftext|>\n".join([*STORIES, "He wrote </s> and\n---\nslept <|endoftext|> well."]))
+    assert split(path)[1][-1] == "He wrote </s> and\n---\nslept <|endoftext|> well."
+    assert "WARNING" in (printed := capsys.readouterr().err) and "</s> is read as text" in printed
+    assert "---" not in printed
+
+
+@pytest.mark.parametrize("mark", ["", "</s>", "\n---\n"])
+def test_a_book_is_one_long_text(tmp_path, capsys, mark):
+    path = tmp_path / "book.txt"
+    paragraphs = [f"Paragraph {i}. " * 10 for i in range(200)]
+    path.write_text("\n\n".join(paragraphs[:100]) + mark + "\n\n".join(paragraphs[100:]))
+    (training,), (validation,) = split(path)
+    assert training.startswith("Paragraph 0.") and validation.startswith("Paragraph 19")
+    assert 0.02 < len(validation) / len(training) < 0.08
+    printed = capsys.readouterr().err
+    assert "one long text" in printed and (f"{mark.strip()} is read as text" in printed) == bool(mark)
+    _, stream, held_out = prepare(char_config(tmp_path, path))
+    assert stream.info["stories"] == held_out.info["stories"] == 1
+    whole = evaluation.read_stream(str(path), data.CharTokenizer.train([path.read_text()]))
+    assert whole.info["stories"] == 1 and whole.info["bytes"] == len(path.read_text().strip().encode())
+
+
+# ---------------------------------------------------------------- pathological text
+
+@pytest.mark.parametrize("text", [
+    " " * 10**6 + "x", "\n" * 10**6 + "x", "a" + " \t" * 500_000 + "b", "a" * 10**6,
+                                  "".join(random.Random(0).choices("abcdefgh", k=10**6)), "-" * 10**6])
+def test_pathological_text_takes_bounded_time_and_is_lossless(text):
+    started = time.monotonic()
+    tokenizer = BPETokenizer.train([text, "some text"], 400)
+    for tokens in (tokenizer.encode(text), tokenizer.encode_array(text)):
+        assert tokenizer.decode(tokens) == text
+    assert time.monotonic() - started < 30
+
+
+def test_blanks_are_cut_only_where_they_are_many(stories):
+    tokenizer = BPETokenizer.train(stories[:50], 400)
+    for text in [*stories[:50], " a  b \n\n c" * 20, " " * 9999 + "x"]:
+        expected = tokenizer._encoding.encode_ordinary(text)
+        assert tokenizer.encode(text) == expected == tokenizer.encode_array(text).tolist()
+
+
+# ---------------------------------------------------------------- the Hub, as it fails
+
+REPOSITORY, REVISION = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as `datasets` needs for one repository; how it fails: fault, after N requests."""
+    protocol_version, fault, count, files = "HTTP/1.1", "", 0, {}
+
+    def log_message(self, *args):
+        pass
+
+    def send(self, code: int, body: bytes, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def entries(self) -> list[dict]:
+        return [{"type": "file", "oid": hashlib.sha1(name.encode()).hexdigest(), "size": len(content),
+                 "path": name, "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content),
+                                       "pointerSize": 134}}
+                for name, content in self.files.items()]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        is_json = "json" in self.headers["Content-Type"]
+        asked = json.loads(body)["paths"] if is_json else parse_qs(body)["paths"]
+        folder = {"type": "directory", "oid": "0" * 40, "size": 0}
+        known = {entry["path"]: entry for entry in self.entries()}
+        known |= {p: folder | {"path": p} for p in ("", "data")}
+        self.send(200, json.dumps([known[p.strip("/")] for p in asked if p.strip("/") in known]).encode())
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        if Hub.fault == "all503":
+            return self.send(503, b"busy")
+        if re.fullmatch(rf"/api/datasets/{REPOSITORY}(/revision/[^/]+)?", path):
+            names = [{"rfilename": name} for name in self.files]
+            about = {"_id": "1", "id": REPOSITORY, "author": "roneneldan", "sha": REVISION, "private": False,
+                     "gated": False, "disabled": False, "tags": [], "downloads": 1, "likes": 1,
+                     "siblings": names}
+            return self.send(200, json.dumps(about).encode())
+        if re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/.*", path):
+            whole = "recursive=true" in self.path.lower() or path.rstrip("/").endswith("/data")
+            folder = {"type": "directory", "oid": "0" * 40, "size": 0, "path": "data"}
+            return self.send(200, json.dumps(self.entries() if whole else [folder]).encode())
+        content = self.files.get(path.split(f"/resolve/{REVISION}/")[-1])
+        if content is None:
+            return self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=REVISION)
+        first, last = 0, len(content) - 1
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(wanted[1]), min(int(wanted[2] or last), last)
+        if self.command == "GET":
+            Hub.count += 1
+            if Hub.fault == "once" and Hub.count % 3 == 2:
+                return self.send(503, b"busy")
+            if Hub.count > 2 and Hub.fault == "429":
+                return self.send(429, b"rate limited", Retry_After="1")
+            if Hub.count > 2 and Hub.fault == "reset":
+                return self.connection.close()
+            if Hub.count > 2 and Hub.fault == "hang":
+                time.sleep(60)
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        self.send(206 if wanted else 200, content[first:last + 1], ETag=etag, X_Repo_Commit=REVISION,
+                  Accept_Ranges="bytes", Content_Range=f"bytes {first}-{last}/{len(content)}",
+                  X_Linked_Size=str(len(content)), X_Linked_Etag=etag)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """The address of a Hub with TinyStories."""
+    pandas = pytest.importorskip("pandas")
+    noise = random.Random(0)
+    for name, n in (("train", 3000), ("validation", 50)):
+        rows = [f"{name} {i} {noise.randbytes(1000).hex()}" for i in range(n)]  # too much for one request
+        buffer = io.BytesIO()
+        pandas.DataFrame({"text": rows}).to_parquet(buffer, row_group_size=500)
+        Hub.files[f"data/{name}-00000-of-00001.parquet"] = buffer.getvalue()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.daemon_threads, server.handle_error = True, lambda *args: None  # a client that has gone
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def prepare_from(hub: str, folder: Path, dataset: str, fault: str = "", seconds: float = 3) -> int:
+    """Prepares a Hub dataset in a process of its own; returns its id."""
+    Hub.fault, Hub.count = fault, 0
+
+    def work():
+        os.environ.update(HF_ENDPOINT=hub, HF_HOME=str(folder / "hf"), HF_HUB_OFFLINE="")
+        for name in [name for name in sys.modules if name.split(".")[0] in ("huggingface_hub", "datasets")]:
+            del sys.modules[name]  # which read the endpoint when they are imported
+        data.PATIENCE = seconds
+        _, stream, held_out = prepare(char_config(folder, dataset))
+        print({"train": stream.info, "validation": held_out.info})
+
+    return forked(work)
+
+
+@pytest.mark.parametrize("fault", ["", "once"])
+def test_the_default_path_works_against_the_hub(hub, tmp_path, capfd, fault):
+    assert exit_code(prepare_from(hub, tmp_path, "auto", fault, 40)) == 0
+    out, err = capfd.readouterr()
+    assert "'dataset': 'tinystories', 'split': 'train', 'stories': 3000" in out and "'stories': 50" in out
+    assert "WARNING" not in err and len([line for line in err.splitlines() if "\r" not in line]) <= 1
+    assert not list((tmp_path / "data").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fault", ["429", "reset", "hang", "all503"])
+def test_a_hub_that_breaks_ends_in_bounded_time_and_in_one_line(hub, tmp_path, capfd, fault):
+    started = time.monotonic()
+    assert exit_code(prepare_from(hub, tmp_path, "tinystories", fault)) == 2
+    assert time.monotonic() - started < 20
+    *before, waiting, error = re.sub("[^\n]*\r", "", capfd.readouterr().err).splitlines()
+    assert waiting == "the Hub does not answer: trying for 3 seconds" and not [b for b in before if b.strip()]
+    expected = "error: cannot (read|load) the dataset 'roneneldan/TinyStories': no answer in 3 seconds"
+    assert re.fullmatch(expected, error)
+    assert not list((tmp_path / "data").glob("*.tmp"))
+
+
+def test_auto_falls_back_when_the_hub_breaks_in_the_middle(hub, tmp_path, capfd):
+    assert exit_code(prepare_from(hub, tmp_path, "auto", "reset")) == 0
+    out, err = capfd.readouterr()
+    assert "'dataset': 'sample', 'split': 'train'" in out and "WARNING: not TinyStories: cannot read" in err
+    assert len(list((tmp_path / "data").glob("*.bin"))) == 2 and not list((tmp_path / "data").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_streams_are_written_leaves_no_half_file(tmp_path, monkeypatch, capfd, number):
+    def stall(stories, tokenizer, write):
+        write(b"half")
+        time.sleep(30)
+
+    monkeypatch.setattr(data, "encode_stories", stall)
+    pid = forked(lambda: prepare(char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))))
+    deadline = time.monotonic() + 10
+    while not list((tmp_path / "data").glob("*.tmp")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(pid, number)
+    assert exit_code(pid, 10) == 128 + number
+    assert not list((tmp_path / "data").glob("*.tmp"))
+    assert "Traceback" not in capfd.readouterr().err
