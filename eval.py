@@ -36,6 +36,11 @@ BATCH_SIZE = 32
 PROBES = Path(__file__).parent / "data" / "probes.json"
 
 
+def best_model(path: str | Path) -> Path:
+    """Returns the checkpoint that a path means: a file, or best_model.pt of a folder."""
+    return Path(path, "best_model.pt") if Path(path).is_dir() else Path(path)
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     """Returns (model, tokenizer, checkpoint) of the checkpoint at `path`, the model on `device`, in
     evaluation mode.
@@ -43,8 +48,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     Raises UserError where the file is missing, damaged, not a checkpoint, or its weights do not fit its
     config, and where this machine has no such device.
     """
-    path, device = Path(path), choose_device(str(device))
-    path = path / "best_model.pt" if path.is_dir() else path
+    path, device = best_model(path), choose_device(str(device))
     if not path.exists():
         others = "".join(f" {other}" for other in sorted(Path("checkpoints").glob("*/best_model.pt")))
         raise UserError(f"there is no checkpoint {path}: train first (python train.py), or name one with "
@@ -747,7 +751,8 @@ probes, and generated stories beside real ones. Results go to standard output, p
 
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(DESCRIPTION, settings=False)
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: checkpoints/best_model.pt")
+    parser.add_argument("--checkpoint", metavar="FILE", type=best_model,
+                        help="a file, or the folder of a run; default: checkpoints/best_model.pt")
     parser.add_argument("--data", metavar="NAME", type=lambda name: (locate(name), name)[1],
                         help="evaluate on any file, folder or dataset that train.py takes; default: the "
                         "checkpoint's validation stories")
@@ -777,7 +782,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.plot is not None:
-        saved = load_checkpoint(Path(options.checkpoint)) if options.checkpoint and not options.plot else None
+        saved = load_checkpoint(options.checkpoint) if options.checkpoint and not options.plot else None
         log_dirs = options.plot or [saved["config"]["training"]["log_dir"] if saved else "logs"]
         print(plot_training([Path(log_dir) for log_dir in log_dirs]))
         return

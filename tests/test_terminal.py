@@ -86,8 +86,11 @@ def test_half_a_torchrun_is_one_sentence(tmp_path, monkeypatch):
         train.Machine(tiny_config(tmp_path).training)
 
 
-def test_the_folder_of_a_checkpoint_is_its_best_model(tmp_path):
+def test_the_folder_of_a_checkpoint_is_its_best_model(tmp_path, monkeypatch, capsys):
     run = go(tiny_config(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path / "checkpoints"), "--plot"])
+    evaluation.main()
+    assert capsys.readouterr().out == f"{tmp_path}/logs/training_curves.png\n"
     model, _, checkpoint = evaluation.load_model(tmp_path / "checkpoints")
     assert checkpoint["step"] == train.load_checkpoint(run.best)["step"]
     for ours, theirs in zip(model.state_dict().values(), train.load_checkpoint(run.best)["model"].values()):
