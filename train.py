@@ -713,10 +713,8 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 def train(run: Run, started: float) -> int:
-    """The loop: a step; then, when due or last, evaluate and save. Returns 0, or 128 + the signal that
-    stopped it.
-
-    `started` is when the command began, by time.monotonic().
+    """The loop: a step; then, when due or last, evaluate and save. `started` is when the command began, by
+    time.monotonic(). Returns 0, or 128 + the signal that stopped it.
     """
     state, training, stop = run.state, run.config.training, 0
     if not run.latest.exists():
@@ -734,10 +732,9 @@ def train(run: Run, started: float) -> int:
             state.elapsed_seconds = time.monotonic() - started
 
             # What is due now, the same in all processes. The clock says when progress was last shown.
+            showing = state.step == first or time.monotonic() - clock > (30 if bar.disable else 1)
             stop, showing, saving = from_all_processes(
-                signals[-1] if signals else 0,
-                state.step == first or time.monotonic() - clock > (30 if bar.disable else 1),
-                run.checkpoint_is_due(*saved)).amax(0).tolist()
+                signals[-1] if signals else 0, showing, run.checkpoint_is_due(*saved)).amax(0).tolist()
             evaluating = run.is_over() or state.step % training.eval_interval == 0
             if not (stop or showing or saving or evaluating):
                 continue
@@ -761,9 +758,10 @@ def train(run: Run, started: float) -> int:
             if evaluating or state.step == first:
                 seconds, line = 0.0, state.step
             clock = time.monotonic()
-    if stop:
-        log(f"stopped after step {state.step:,}, saved in {run.latest}; run the same command again to go on")
-    return 128 + int(stop) if stop else 0
+    if not stop:
+        return 0
+    log(f"stopped after step {state.step:,}, saved in {run.latest}; run the same command again to go on")
+    return 128 + int(stop)
 
 
 def show_progress(run: Run, bar: tqdm, tokens_per_second: float) -> None:
