@@ -42,7 +42,7 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 PATIENCE = 120  # seconds to wait for the Hub, or for another process
 
 SEPARATORS = (  # of stories, the likelier first
-    rb"(?m)<\|endoftext\|>(?<![^\n\xbf]<\|endoftext\|>)[ \t\r]*$",  # a line; \xbf: or after a byte-order mark
+    rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$",  # a line; the first may have a byte-order mark
     rb"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]",
     rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
     rb"\n(?:[ \t\r]*\n){2,}")
@@ -180,13 +180,13 @@ def locate(name: str) -> dict[str, list[Path]] | None:
         kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
         names = [p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind]
         return {split: [path / name for name in part] for split, part in by_split(names).items()}
-    if path.exists() or path.is_symlink() or path.suffix.lower() in SUFFIXES:
-        state = ("is no file and no folder of files " + ", ".join(SUFFIXES) if path.exists() else
-                 f"is a link to {path.readlink()}, which is gone" if path.is_symlink() else "does not exist")
-        raise UserError(f"data.dataset = {name!r} {state}")
-    if name != "tinystories" and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"data.dataset = {name!r} is not auto, tinystories or sample, no file, no folder, "
-                        "and not the name of a Hub dataset such as roneneldan/TinyStories")
+    kinds = "no file and no folder of files " + ", ".join(SUFFIXES)
+    if path.exists() or path.is_symlink():
+        state = kinds if path.exists() else f"a link to {path.readlink()}, which is gone"
+        raise UserError(f"data.dataset = {name!r} is {state}")
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name):
+        raise UserError(f"data.dataset = {name!r} does not exist: it is not auto, tinystories or sample, "
+                        f"{kinds}, and not the name of a Hub dataset such as roneneldan/TinyStories")
     return None
 
 
@@ -266,28 +266,23 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
 class CharTokenizer:
     """A token for each character of the training stories, then one for unknown ones, then end-of-text."""
 
+    name = "char"
+
     def __init__(self, characters: str):
         self.characters = characters
-        self.unknown_id, self.eot_id = len(characters), len(characters) + 1
-        self.vocab_size = len(characters) + 2
-        self.name = "char"
-        self._ids = np.full(0x110000, self.unknown_id, dtype=np.uint32)  # of every code point
-        self._ids[self._code_points(characters)] = np.arange(len(characters))
+        self.unknown_id, self.eot_id, self.vocab_size = (len(characters) + i for i in range(3))
+        self._ids = {character: i for i, character in enumerate(characters)}
 
     @classmethod
     def train(cls, stories: Iterable[str]) -> "CharTokenizer":
         """Returns the tokenizer of the characters in `stories`, in code-point order."""
         return cls("".join(sorted(set(itertools.chain.from_iterable(stories)))))
 
-    @staticmethod
-    def _code_points(text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    def encode(self, text: str) -> list[int]:
+        return [self._ids.get(character, self.unknown_id) for character in text]
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self._ids[self._code_points(text)]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
+        return np.array(self.encode(text))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(map(self.decoder(), tokens))
@@ -299,7 +294,7 @@ class CharTokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """Returns the characters of `text` that the tokenizer cannot represent."""
-        return sorted(set(text) - set(self.characters))
+        return sorted(set(text) - self._ids.keys())
 
     def spec(self) -> dict:
         return {"type": "char", "characters": self.characters}
@@ -434,26 +429,22 @@ class Stream:
 
 def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object]) -> dict:
     """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as
-    uint16 bytes. Returns counts and hash of what was written. A thousand stories per core are in memory.
+    uint16 bytes. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
-    end = np.array([tokenizer.eot_id])
+    def encode(batch: list[str]) -> np.ndarray:
+        pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), [tokenizer.eot_id])]
+        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
 
-    def encode(batch: list[str]) -> tuple[np.ndarray, int]:
-        pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), end)]
-        n_bytes = sum(len(story.encode("utf-8", "replace")) for story in batch)
-        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), n_bytes
-
-    stories, digest, n_threads = iter(stories), hashlib.sha256(), os.cpu_count() or 1
-    n_stories = n_tokens = n_bytes = 0
-    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        while group := list(itertools.islice(stories, 1024 * n_threads)):
-            n_stories += len(group)
-            for tokens, size in pool.map(encode, [group[i:i + 64] for i in range(0, len(group), 64)]):
+    stories, digest, counts = iter(stories), hashlib.sha256(), Counter(stories=0, tokens=0, bytes=0)
+    batches = iter(lambda: list(itertools.islice(stories, 64)), [])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        while group := list(itertools.islice(batches, 64)):
+            for batch, tokens in zip(group, pool.map(encode, group)):
                 write(tokens.tobytes())
                 digest.update(tokens)
-                n_tokens += len(tokens)
-                n_bytes += size
-    return {"stories": n_stories, "tokens": n_tokens, "bytes": n_bytes, "sha256": digest.hexdigest()}
+                n_bytes = sum(len(story.encode("utf-8", "replace")) for story in batch)
+                counts.update(stories=len(batch), tokens=len(tokens), bytes=n_bytes)
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def make_tokenizer(request: dict, data_dir: Path, stories: Callable[[], Iterator[str]]):
@@ -564,23 +555,16 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     if found := find_streams(folder, dataset, request=request):
         return found
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
+    lock = filelock.FileLock(folder / ".lock")  # several processes may prepare the same streams
+    with contextlib.suppress(OSError, NotImplementedError):  # without a lock, or after a while, it goes on
+        lock.acquire(timeout=5 * PATIENCE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock, owner = filelock.FileLock(folder / ".lock"), ""
-        try:
-            lock.acquire(timeout=5 * PATIENCE)  # several processes may prepare the same streams
-        except (OSError, NotImplementedError) as error:
-            owner = f"-{os.getpid()}"
-            say(f"going on without the lock {folder / '.lock'}, which cannot be had: {first_line(error)}")
-        try:
-            if not (found := find_streams(folder, dataset, request=request)):
-                build_streams(folder / f"{name}-{json_hash(request)}{owner}-{kind}", dataset, request)
-                found = find_streams(folder, dataset, request=request)
-            return found
-        finally:
-            lock.release()
-    except OSError as error:
-        raise write_error(folder, error) from error
+        if not (found := find_streams(folder, dataset, request=request)):
+            build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request)
+            found = find_streams(folder, dataset, request=request)
+        return found
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------- batches
@@ -646,9 +630,9 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
     `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file
     becomes `keep`, if given. Raises UserError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -657,18 +641,20 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        needed = max(size, 1 + (temporary.stat().st_size if temporary.exists() else 0))
-        temporary.unlink(missing_ok=True)  # before the free space is measured
-        raise write_error(path, error, needed) from error
+        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
+        raise write_error(path, error, max(size, written + 1), written) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def write_error(path: Path, error: OSError, needed: int = 1) -> UserError:
-    """The sentence for a file that could not be written: which, why, and how many bytes of space it needs."""
+def write_error(path: Path, error: OSError, needed: int = 1, written: int = 0) -> UserError:
+    """The sentence for a file that could not be written, and why; `needed` is its size and `written` the size
+    of what is deleted, in bytes.
+    """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
-    free = shutil.disk_usage(path.parent).free / 1e6
+    free = (shutil.disk_usage(path.parent).free + written) / 1e6
     return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are "
                      f"needed and {free:.1f} MB are free; make space and run the same command again")
 
@@ -721,9 +707,8 @@ def main() -> None:
         print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, "
               f"{info['bytes']:,} bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
     print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
-    batches = Batches(train.tokens, 1, config.model.max_seq_len, config.training.seed)
-    print(f"\nthe first window of the first step, {batches.seq_len} tokens:\n")
-    print(tokenizer.decode(batches.at(0)[0][0].tolist()))
+    print(f"\nthe first {config.model.max_seq_len} tokens:\n")
+    print(tokenizer.decode(train.tokens[:config.model.max_seq_len]))
 
 
 if __name__ == "__main__":
