@@ -9,6 +9,7 @@ Change a setting in one of three ways; later ones win:
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -229,8 +230,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists what there is)")
 
-    def configure(self, config: Config, arguments: list[str] | None = None) -> argparse.Namespace:
-        """Parses the command line, applies it to `config`, which it validates; returns the other options."""
+    def configure(self, config: Config,
+                  arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+        """Returns `config` as the command line changes it, validated, and the other options."""
+        config = copy.deepcopy(config)  # a notebook may run the script again
         if "kernel" in Path(sys.argv[0]).name:  # a notebook's, whose arguments are not ours
             arguments = arguments or []
         options = self.parse_intermixed_args(arguments)
@@ -242,7 +245,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise UserError(f"{setting!r} is no setting; write section.field=value, as model.n_layers=6")
             config.set(name, value)
         config.validate()
-        return options
+        return config, options
 
 
 def run_main(main) -> None:

@@ -700,15 +700,16 @@ def progress(iterable: Iterable, total: int | None, description: str, unit: str)
 # ---------------------------------------------------------------- command line
 
 def main() -> None:
-    ArgumentParser("Prepares the stories that train.py would use, and describes them.").configure(config)
-    tokenizer, train, validation = prepare(config)
+    parser = ArgumentParser("Prepares the stories that train.py would use, and describes them.")
+    settings, _ = parser.configure(config)
+    tokenizer, train, validation = prepare(settings)
     for stream in (train, validation):
         info = stream.info
         print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, "
               f"{info['bytes']:,} bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
     print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
-    print(f"\nthe first {config.model.max_seq_len} tokens:\n")
-    print(tokenizer.decode(train.tokens[:config.model.max_seq_len]))
+    print(f"\nthe first {settings.model.max_seq_len} tokens:\n")
+    print(tokenizer.decode(train.tokens[:settings.model.max_seq_len]))
 
 
 if __name__ == "__main__":

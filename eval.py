@@ -556,6 +556,12 @@ def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
         axes.plot(steps, run[name], label=label, **style)
 
 
+def logs_of(path: Path) -> Path:
+    """Returns the log folder of the checkpoint at `path`, which a relative one has above it."""
+    log_dir = Path(load_checkpoint(path)["config"]["training"]["log_dir"])
+    return next((above / log_dir for above in path.absolute().parents if (above / log_dir).exists()), log_dir)
+
+
 def plot_training(log_dirs: list[Path]) -> Path:
     """Draws the training curves of one run or several; returns the PNG, in the first one's folder."""
     from matplotlib.figure import Figure
@@ -782,8 +788,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.plot is not None:
-        saved = load_checkpoint(options.checkpoint) if options.checkpoint and not options.plot else None
-        log_dirs = options.plot or [saved["config"]["training"]["log_dir"] if saved else "logs"]
+        log_dirs = options.plot or [logs_of(options.checkpoint) if options.checkpoint else "logs"]
         print(plot_training([Path(log_dir) for log_dir in log_dirs]))
         return
     options.checkpoint = options.checkpoint or "checkpoints/best_model.pt"

@@ -819,8 +819,8 @@ def main() -> int:
     keep_freed_memory()
     parser = ArgumentParser("Trains the model; goes on from the last checkpoint if there is one.")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start a new one")
-    options = parser.configure(config)
-    run = Run(config, Machine(config.training), options.fresh)
+    settings, options = parser.configure(config)
+    run = Run(settings, Machine(settings.training), options.fresh)
     describe(run)
     if run.state.step:
         log(f"going on from step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
@@ -828,7 +828,7 @@ def main() -> int:
     if code == 0 and run.machine.rank == 0:
         best = load_checkpoint(run.best, run.machine.device)
         run.average.load_state_dict(best["model"])
-        story = tell_story(run.average, run.tokenizer, config.sampling, config.sampling.max_new_tokens)
+        story = tell_story(run.average, run.tokenizer, settings.sampling, settings.sampling.max_new_tokens)
         loss, dataset = best["val_loss"], run.dataset["validation"]["dataset"]
         print(f"\n{story}\n\nbest validation loss {loss:.4f} (perplexity {math.exp(loss):.2f}) at step "
               f"{best['step']:,} of {run.state.step:,}, on {dataset} with the {run.tokenizer.name} tokenizer")

@@ -11,8 +11,7 @@ from config import PRESETS, ArgumentParser, Config, UserError, parse_value
 
 
 def configure(*arguments: str) -> Config:
-    config = Config()
-    ArgumentParser("test").configure(config, list(arguments))
+    config, _ = ArgumentParser("test").configure(Config(), list(arguments))
     return config
 
 

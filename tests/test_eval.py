@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_model, make_qwen3, tiny_config, write_stories
+from conftest import ROOT, go, make_model, make_qwen3, tiny_config, write_stories
 
 import eval as evaluation
 import train
@@ -537,6 +537,18 @@ def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp
     assert command("--checkpoint", checkpoint, "--plot")[1] == f"{logs}/training_curves.png\n"
     write_metrics(tmp_path / "logs", LINES)
     assert command("--plot")[1] == "logs/training_curves.png\n"
+
+
+def test_the_logs_of_a_checkpoint_are_found_from_any_folder(tmp_path, monkeypatch, command):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "logs").mkdir()  # of another run
+    monkeypatch.chdir(tmp_path / "project")
+    config = tiny_config(tmp_path / "project")
+    config.training.checkpoint_dir, config.training.log_dir = "checkpoints/mine", "logs/mine"
+    go(config)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("--checkpoint", "project/checkpoints/mine", "--plot")
+    assert (code, out) == (0, f"{tmp_path}/project/logs/mine/training_curves.png\n"), err
 
 
 @pytest.mark.parametrize("text", [None, "", '{"step": 1', "[1]\nnull\n\xff\n"])

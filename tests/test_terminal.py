@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, command_line, go, metrics, opened, tiny_config
+from jupyter_client.manager import start_new_kernel
 
 import eval as evaluation
 import train
@@ -57,6 +58,33 @@ def test_a_notebook_has_other_arguments_and_other_streams(tmp_path, monkeypatch)
     with pytest.raises(SystemExit) as ended:
         run_main(lambda: print("told"))
     assert ended.value.code is None and sys.stdout.getvalue() == "told\n"
+
+
+def test_a_real_kernel_runs_the_scripts_again_and_again(tmp_path):
+    """Cells as in Jupyter or Colab; a script that ends well says nothing of its end."""
+    manager, kernel = start_new_kernel(cwd=str(tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def cell(code: str) -> str:
+        shown = []
+        kernel.execute_interactive(code, timeout=60, output_hook=lambda message: shown.append(str(
+            {**message["content"], **message["content"].get("data", {})}.get("text", message["content"]))))
+        return "".join(shown)
+
+    try:
+        train_it = f'%run "{ROOT}/train.py" ' + " ".join(command_line(tiny_config(tmp_path)))
+        told = cell(train_it), cell(train_it)
+        assert all("best validation loss" in text and "SystemExit" not in text for text in told), told
+        assert "going on from step 24" in told[1] and len(metrics(tmp_path)) == 6
+        assert "Emma went" in cell(f'%run "{ROOT}/eval.py" --checkpoint checkpoints --generate "Emma went"')
+        assert "error: there is no setting 'model.n_layer'" in cell(f'%run "{ROOT}/train.py" model.n_layer=3')
+        cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
+        assert "same" in cell("from config import *; print('same' if config == Config() else config)")
+        assert "torch.Size([1, 3, " in cell(
+            "from eval import load_model; model, tokenizer, checkpoint = load_model('checkpoints')\n"
+            "import torch; print(model(torch.tensor([tokenizer.encode('Tom')])).shape)")
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_a_cell_may_run_again_in_the_same_process(tmp_path):
