@@ -63,7 +63,7 @@ class TrainingConfig:
     decay_fraction: float = 0.6             # last part of the run, in which the rate falls to zero
     weight_decay: float = 1.0               # strong, since 10,000 stories are read many times
     grad_clip: float = 1.0                  # largest gradient norm
-    eval_interval: int = 250                # steps between evaluations
+    eval_interval: int | None = None        # steps between evaluations; none: an epoch, but 100 to 250
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
     checkpoint_interval: int | None = None  # steps between checkpoints; none: about a minute
     early_stopping_evals: int | None = 5    # evaluations without a better loss that end it; none: never
@@ -90,10 +90,10 @@ PRESETS = {
         "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
         "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 768,
         "model.max_seq_len": 256, "model.dropout": 0.2, "training.batch_size": 16,
-        "training.warmup_steps": 25, "training.max_minutes": 4.5, "training.eval_interval": 100,
+        "training.warmup_steps": 25, "training.max_minutes": 4.5, "sampling.temperature": 0.5,
     },
-    "laptop": {  # the default model without a GPU, for a few minutes: less than an epoch or two
-        "training.tokenizer_type": "bpe", "model.dropout": 0.0, "training.batch_size": 4,
+    "laptop": {  # without a GPU, for a few minutes, less than an epoch or two: half as deep
+        "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.dropout": 0.0, "training.batch_size": 4,
         "training.warmup_steps": 20, "training.max_minutes": 10.0,
         "training.eval_interval": 100, "training.eval_batches": 8,
     },

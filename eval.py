@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from config import (
-    ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, config, parse_value, run_main)
+    ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
     END_OF_TEXT, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, locate, open_dataset,
     prepare, progress, story_windows, tokenizer_from_spec, write_error)
@@ -135,7 +135,7 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
                 print(INTERACTIVE_HELP)
             elif command == "settings":
                 print(", ".join(f"{name} {value}" for name, value in sampling_of(options).items()))
-            elif f"sampling.{command}" in config.flat():
+            elif f"sampling.{command}" in Config().flat():
                 setattr(options, command, parse_value(f"sampling.{command}", value))
                 if command == "seed":
                     generator.manual_seed(options.seed)
@@ -640,9 +640,9 @@ def tokenizer_json(tokenizer) -> dict:
                 "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [eot], "tokens": [END_OF_TEXT]}}}}
 
 
-def transformers_files(model: Transformer, tokenizer) -> dict[str, dict]:
+def transformers_files(model: Transformer, tokenizer, sampling: SamplingConfig) -> dict[str, dict]:
     """Returns the JSON files of a folder for transformers, its versions 4 and 5."""
-    c, defaults = model.config, SamplingConfig()
+    c = model.config
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
     return {
         "config.json": ends | {
@@ -652,8 +652,8 @@ def transformers_files(model: Transformer, tokenizer) -> dict[str, dict]:
             "head_dim": c.d_model // c.n_heads, "intermediate_size": c.d_ff,
             "max_position_embeddings": c.max_seq_len, "rms_norm_eps": NORM_EPS, "rope_theta": ROPE_THETA,
             "tie_word_embeddings": True},
-        "generation_config.json": ends | {"do_sample": True, "temperature": defaults.temperature,
-                                          "top_k": defaults.top_k},
+        "generation_config.json": ends | {"do_sample": True, "temperature": sampling.temperature,
+                                          "top_k": sampling.top_k},
         "tokenizer.json": tokenizer_json(tokenizer),
         # Without this file AutoTokenizer takes, in silence, a class that changes Unicode.
         "tokenizer_config.json": dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {
@@ -710,11 +710,11 @@ def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
     return head + bytes(-len(head) % 32) + data
 
 
-def export(model: Transformer, tokenizer, target: str) -> str:
+def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str) -> str:
     """Writes a file for llama.cpp where `target` ends in .gguf, else a folder for transformers, and returns
     the lines that use it. Raises UserError where it exists, cannot be written or cannot hold the tokenizer.
     """
-    path, settings = Path(target), transformers_files(model, tokenizer)
+    path, settings = Path(target), transformers_files(model, tokenizer, sampling)
     weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
     if os.path.lexists(path):
         raise UserError(f"{path} exists: move it away, or choose another name")
@@ -771,9 +771,9 @@ def parse_options() -> argparse.Namespace:
                        "several into the first folder; default: the logs of --checkpoint, or logs/")
     modes.add_argument("--export", metavar="NAME", help="write a folder for transformers, or where NAME ends "
                        "in .gguf a file for llama.cpp")
-    for name, default in dataclasses.asdict(config.sampling).items():
+    for name in dataclasses.asdict(SamplingConfig()):
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*names, metavar="N", default=default, help=f"default: {str(default).lower()}",
+        parser.add_argument(*names, metavar="N", default=argparse.SUPPRESS, help="default: the checkpoint's",
                             type=functools.partial(parse_value, f"sampling.{name}"))
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps",
                         type=lambda text: choose_device(parse_value("training.device", text)))
@@ -793,6 +793,8 @@ def main() -> None:
         return
     options.checkpoint = options.checkpoint or "checkpoints/best_model.pt"
     model, tokenizer, checkpoint = load_model(options.checkpoint, options.device)
+    sampling = Config.of(checkpoint["config"]).sampling
+    options = argparse.Namespace(**{**dataclasses.asdict(sampling), **vars(options)})
     if options.generate:
         prompts = [prompt for prompt in options.generate for _ in range(options.num_samples)]
         tell_stories(model, tokenizer, prompts, sampling_of(options), seeded_generator(model, options.seed))
@@ -801,7 +803,7 @@ def main() -> None:
     elif options.inspect is not None:
         run_inspection(model, tokenizer, checkpoint, options.inspect)
     elif options.export is not None:
-        print(export(model, tokenizer, options.export))
+        print(export(model, tokenizer, sampling, options.export))
     else:
         run_evaluation(model, tokenizer, checkpoint, options)
 

@@ -481,6 +481,8 @@ class Run:
         self.fell_back = config.data.dataset == "auto" and train_stream.info["dataset"] == "sample"
         self.batches = Batches(train_stream.tokens, training.batch_size, config.model.max_seq_len,
                                training.seed, machine.device, machine.rank, machine.world)
+        epoch = self.batches.windows_per_epoch // training.batch_size  # steps
+        self.eval_interval = training.eval_interval or min(max(100, epoch), 250)
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step
         self.val_tokens, self.val_bytes = val_stream.head(limit, self.tokenizer)
 
@@ -569,15 +571,15 @@ def begin_decay(run: Run, end: int, reason: str) -> None:
     state.decay_start, state.end = end - (end - state.step) / share, end
 
 
-def stop_early(run: Run) -> None:
+def stop_early(run: Run, val_loss: float) -> None:
     """Begins the decay after too many evaluations without a better loss, as if the run had been planned so;
-    ends the run where that happens in the decay.
+    ends the run where that happens in the decay, or where it overfits by more than a decay would give back.
     """
     state, training, (decay_start, end) = run.state, run.config.training, run.plan()
     if training.early_stopping_evals is None or state.evals_since_best < training.early_stopping_evals:
         return
     reason = f"no better loss in {state.evals_since_best} evaluations"
-    if state.step < decay_start:
+    if state.step < decay_start and val_loss < 1.02 * state.best_loss:
         state.evals_since_best, state.last_step = 0, round(state.step / (1 - training.decay_fraction))
         begin_decay(run, state.last_step, reason)
     elif state.step < end:
@@ -652,8 +654,10 @@ def halve_micro_batch(run: Run) -> None:
     torch.compiler.reset()  # of the shapes so far: after eight, it would no longer compile and not say so
 
 
-def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
-    """Evaluates, keeps the model if it is the best so far, writes a metrics line and tells a story."""
+def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> float:
+    """Evaluates, keeps the model if it is the best so far, writes a metrics line and tells a story. Returns
+    the validation loss.
+    """
     state, machine, val_loss, began = run.state, run.machine, 0.0, time.monotonic()
     if machine.rank == 0:
         losses, _ = evaluate(run.average, run.val_tokens, run.tokenizer.eot_id,
@@ -675,6 +679,7 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
             f"epoch {line['epoch']:.2f}, {tokens_per_second:,.0f} tokens/s\n    {story} ...")
     state.train_loss_sum, state.train_loss_count = 0.0, 0
     run.evaluation_seconds = time.monotonic() - began
+    return val_loss
 
 
 def metrics_line(run: Run, val_loss: float, grad_norm: float, tokens_per_second: float) -> dict:
@@ -716,7 +721,7 @@ def train(run: Run, started: float) -> int:
     """The loop: a step; then, when due or last, evaluate and save. `started` is when the command began, by
     time.monotonic(). Returns 0, or 128 + the signal that stopped it.
     """
-    state, training, stop = run.state, run.config.training, 0
+    state, stop = run.state, 0
     if not run.latest.exists():
         run.save_latest()
     bar = tqdm(total=run.plan()[1], initial=state.step, unit=" steps",
@@ -735,7 +740,7 @@ def train(run: Run, started: float) -> int:
             showing = state.step == first or time.monotonic() - clock > (30 if bar.disable else 1)
             stop, showing, saving = from_all_processes(
                 signals[-1] if signals else 0, showing, run.checkpoint_is_due(*saved)).amax(0).tolist()
-            evaluating = run.is_over() or state.step % training.eval_interval == 0
+            evaluating = run.is_over() or state.step % run.eval_interval == 0
             if not (stop or showing or saving or evaluating):
                 continue
 
@@ -747,8 +752,7 @@ def train(run: Run, started: float) -> int:
             tokens_per_second = (state.step - line) * run.tokens_per_step / seconds
             show_progress(run, bar, tokens_per_second)
             if evaluating:
-                evaluate_run(run, grad_norm.item(), tokens_per_second)
-                stop_early(run)
+                stop_early(run, evaluate_run(run, grad_norm.item(), tokens_per_second))
                 loss_sum.zero_()
             if saving or stop or run.is_over():
                 end_in_time(run, *saved)

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, make_model
 
 import eval as evaluation
-from config import UserError
+from config import SamplingConfig, UserError
 from data import END_OF_TEXT, BPETokenizer, CharTokenizer, Stream, encode_stories, read_stories
 from eval import bpe_vocabulary, export, loss_figures
 from model import Transformer
@@ -65,7 +65,7 @@ def exported(request, tmp_path) -> types.SimpleNamespace:
     transformers = pytest.importorskip("transformers")
     tokenizer = request.getfixturevalue(request.param)
     model = small_model(tokenizer.vocab_size, context=256)
-    export(model, tokenizer, str(tmp_path / "my model"))
+    export(model, tokenizer, SamplingConfig(temperature=0.7), str(tmp_path / "my model"))
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "my model", output_loading_info=True)
     assert not any(report.values()), report
@@ -117,7 +117,7 @@ def test_transformers_tells_the_same_story(exported):
         story = ours.decode(row[1:]).removesuffix(END_OF_TEXT)
         assert tell(opening, do_sample=False, max_new_tokens=40)[0]["generated_text"] == story
     settings = exported.theirs.generation_config
-    assert settings.do_sample and (settings.temperature, settings.top_k) == (0.8, 50)
+    assert settings.do_sample and (settings.temperature, settings.top_k) == (0.7, 50)
     assert isinstance(tell("Tom")[0]["generated_text"], str)
 
 
@@ -142,7 +142,7 @@ def test_perplexity_with_transformers_alone_is_that_of_eval(exported):
 def test_gguf_holds_our_weights_and_tokens(bpe, tmp_path, head_dim):
     gguf = pytest.importorskip("gguf")
     model = small_model(bpe.vocab_size, head_dim)
-    export(model, bpe, str(tmp_path / "model.gguf"))
+    export(model, bpe, SamplingConfig(), str(tmp_path / "model.gguf"))
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     weights = list(model.state_dict().values())
     assert len(reader.tensors) == len(weights)
@@ -161,7 +161,7 @@ def test_gguf_holds_our_weights_and_tokens(bpe, tmp_path, head_dim):
 def test_llama_cpp_tokenizes_and_tells_as_we_do(bpe, tmp_path, head_dim):
     xllamacpp = pytest.importorskip("xllamacpp")
     model = small_model(bpe.vocab_size, head_dim)
-    export(model, bpe, str(tmp_path / "model.gguf"))
+    export(model, bpe, SamplingConfig(), str(tmp_path / "model.gguf"))
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.warmup = str(tmp_path / "model.gguf"), 64, False
     parameters.cpuparams.n_threads = parameters.n_parallel = 1
@@ -185,7 +185,7 @@ def test_llama_cpp_tokenizes_and_tells_as_we_do(bpe, tmp_path, head_dim):
 
 def test_gguf_of_a_char_tokenizer_is_refused(char, tmp_path):
     with pytest.raises(UserError, match="no char tokenizer.*without .gguf"):
-        export(small_model(char.vocab_size), char, str(tmp_path / "model.gguf"))
+        export(small_model(char.vocab_size), char, SamplingConfig(), str(tmp_path / "model.gguf"))
     assert not list(tmp_path.iterdir())
 
 
@@ -194,7 +194,7 @@ def test_gguf_of_a_char_tokenizer_is_refused(char, tmp_path):
 @pytest.mark.parametrize("name", ["my-model", "my-model.gguf"])
 def test_export_prints_how_to_use_it_and_refuses_an_existing_target(bpe, tmp_path, monkeypatch, capsys, name):
     model = small_model(bpe.vocab_size)
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: (model, bpe, {}))
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: (model, bpe, {"config": {}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["eval.py", "--export", f"new/{name}"])
     evaluation.main()
@@ -219,7 +219,7 @@ def test_a_failure_leaves_nothing_half_written(bpe, tmp_path, monkeypatch, name,
 
     monkeypatch.setattr(os, "fsync", fail_at_the_last_file)
     with pytest.raises(raised):
-        export(small_model(bpe.vocab_size), bpe, str(tmp_path / name))
+        export(small_model(bpe.vocab_size), bpe, SamplingConfig(), str(tmp_path / name))
     assert synced and not list(tmp_path.iterdir())
 
 
@@ -227,4 +227,4 @@ def test_a_failure_leaves_nothing_half_written(bpe, tmp_path, monkeypatch, name,
 def test_a_folder_that_cannot_be_made_is_a_users_mistake(bpe, tmp_path, name):
     tmp_path.joinpath("file").touch()
     with pytest.raises(UserError, match="cannot write .*file"):
-        export(small_model(bpe.vocab_size), bpe, str(tmp_path / "file" / name))
+        export(small_model(bpe.vocab_size), bpe, SamplingConfig(), str(tmp_path / "file" / name))

@@ -315,7 +315,7 @@ def test_without_a_gpu_large_steps_are_advised_against(tmp_path, capsys, batch_s
 def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(
         tmp_path, monkeypatch, decay_fraction, planned, evaluated):
     def evaluate(model, tokens, *args):
-        return np.full(len(tokens), 2.0 if at["run"].state.step == 12 else 3.0, np.float32), None
+        return np.full(len(tokens), 2.0 if at["run"].state.step == 12 else 2.03, np.float32), None
 
     def next_step(run, next_step=train.next_step):
         at["run"] = run
@@ -339,6 +339,23 @@ def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(
     best = train.load_checkpoint(run.best)
     assert (best["step"], best["val_loss"]) == (12, 2.0)
     assert go(config).state.step == evaluated[-1]
+
+
+def test_a_run_that_overfits_ends_without_a_decay(tmp_path, monkeypatch, capsys):
+    losses = iter((3.0, 2.0, 2.01, 2.05))
+    monkeypatch.setattr(train, "evaluate", lambda model, tokens, *args: (
+        np.full(len(tokens), next(losses), np.float32), None))
+    run = go(tiny_config(tmp_path, training__max_steps=1000, training__early_stopping_evals=2))
+    assert run.state.step == run.plan()[1] == 16 and train.load_checkpoint(run.best)["step"] == 8
+    assert metrics(tmp_path)[-1]["lr"] == run.config.training.learning_rate
+    assert "no better loss in 2 evaluations: the run ends here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch_size", "interval"), [(1, 250), (2, 178), (32, 100)])
+def test_a_run_is_evaluated_once_an_epoch_but_not_too_often(tmp_path, batch_size, interval):
+    config = tiny_config(tmp_path, training__batch_size=batch_size, training__eval_interval=None)
+    with opened(config) as run:
+        assert run.eval_interval == interval
 
 
 def test_the_kept_model_is_the_average_of_the_last_steps(tmp_path, monkeypatch):
