@@ -16,9 +16,9 @@ from config import ModelConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # elements of the (N, V) matrix in memory
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}  # elements of the (N, V) matrix in memory
 SCATTERS = ("cpu",)  # devices that are faster at changing the target's gradient in place
-ATTENTION_BLOCK = 128  # queries at a time, on a CPU
+ATTENTION_BLOCK = 256  # queries at a time, on a CPU
 
 
 # ---------------------------------------------------------------- transformer
@@ -328,12 +328,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[rows, None]
             logits = F.linear(x[rows], w)  # (rows, V and padding)
             logits[:, vocab_size:] = -math.inf
-            log_p = logits.log_softmax(-1, dtype=torch.float32)
-            loss -= log_p.gather(1, target).sum()
+            p = logits.softmax(-1, dtype=torch.float32)
+            loss -= p.gather(1, target).clamp_min(1e-37).log().sum()
             if x.device.type in SCATTERS:
-                grad_logits = log_p.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0))
+                grad_logits = p.scatter_add_(1, target, torch.full(target.shape, -1.0))
             else:  # what torch.compile makes one kernel of
-                grad_logits = log_p.exp() - (torch.arange(len(w), device=x.device) == target).float()
+                grad_logits = p - (torch.arange(len(w), device=x.device) == target).float()
             grad_logits = grad_logits.to(x.dtype)
             grad_x[rows] = grad_logits @ w
             grad_weight += grad_logits.mT @ x[rows]

@@ -37,10 +37,11 @@ STORIES = [
     for i, (name, thing) in enumerate(itertools.product(NAMES, THINGS))]
 
 
-def make_checkpoint(folder: Path, tokenizer_type: str = "bpe") -> Path:
+def make_checkpoint(folder: Path, tokenizer_type: str = "bpe", **settings) -> Path:
     """Prepares the stories and saves a model for them, as train.py does; everything lies in `folder`."""
     write_stories(folder / "stories.txt", STORIES)
-    config = tiny_config(folder, training__tokenizer_type=tokenizer_type, training__bpe_vocab_size=300)
+    settings |= {"training__tokenizer_type": tokenizer_type, "training__bpe_vocab_size": 300}
+    config = tiny_config(folder, **settings)
     tokenizer, training, validation = prepare(config)
     model = make_model(tokenizer.vocab_size, max_seq_len=CONTEXT)
     config.model = model.config
@@ -537,6 +538,13 @@ def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp
     assert command("--checkpoint", checkpoint, "--plot")[1] == f"{logs}/training_curves.png\n"
     write_metrics(tmp_path / "logs", LINES)
     assert command("--plot")[1] == "logs/training_curves.png\n"
+
+
+def test_sampling_is_the_checkpoints_where_no_option_says_otherwise(tmp_path, command):
+    path = make_checkpoint(tmp_path, sampling__temperature=0.0, sampling__max_new_tokens=20)
+    told = [command("--checkpoint", path, "--generate", "Tom", *options)[1] for options in (
+        [], ["--seed", "1"], ["--seed", "1", "--temperature", "2"], ["--max-new-tokens", "3"])]
+    assert told[0] == told[1] != told[2] and told[0].startswith(told[3].strip()) and len(told[3]) < len(told[0])
 
 
 def test_the_logs_of_a_checkpoint_are_found_from_any_folder(tmp_path, monkeypatch, command):

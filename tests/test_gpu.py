@@ -141,9 +141,9 @@ def test_orthogonalizing_in_float16_holds_for_the_smallest_gradients(monkeypatch
     torch.manual_seed(0)
     matrices = torch.randn(2, 32, 64) * 1.7e-6
     monkeypatch.setattr(train, "matmul_dtype", lambda device: torch.float32)
-    expected = train.orthogonalize(matrices)
+    expected = train.orthogonalize(matrices, 5)
     monkeypatch.setattr(train, "matmul_dtype", lambda device: torch.float16)
-    torch.testing.assert_close(train.orthogonalize(matrices).float(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(train.orthogonalize(matrices, 5).float(), expected, rtol=0, atol=0.02)
 
 
 def test_the_gradient_of_a_norm_is_the_same_compiled_and_not():
