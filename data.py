@@ -237,27 +237,26 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
     Without a validation split, the last 5 % of the stories (at least one) are held out, or of the only one. A
     training story that is also a validation story, word for word, is left out.
     """
-    n_training = None  # all
+    whole = splits["train"]
     if "validation" not in splits:
-        n_stories = sum(1 for _ in progress(splits["train"](), None, "counting stories", "stories"))
-        n_training = max(0, n_stories - max(1, round(0.05 * n_stories)))
+        n_stories = sum(1 for _ in progress(whole(), None, "counting stories", "stories"))
+        first = max(0, n_stories - max(1, round(0.05 * n_stories)))
+        splits = {"train": lambda: itertools.islice(whole(), first),
+                  "validation": lambda: itertools.islice(whole(), first, None)}
         if n_stories == 1:
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its last lines are held out")
-            text, n_training = next(splits["train"]()), None
+            text = next(whole())
             end = max(0, text.rfind("\n", len(text) // 2, len(text) * 95 // 100))
             splits = {"train": lambda: filter(None, [text[:end].strip()]),
                       "validation": lambda: [text[end:].strip()]}
 
     def validation() -> Iterator[str]:
-        begin, first = (splits["validation"], 0) if n_training is None else (splits["train"], n_training)
-        return itertools.islice(begin(), first, None if max_val_stories is None else first + max_val_stories)
-
-    seen = set(map(hash, validation()))
+        return itertools.islice(splits["validation"](), max_val_stories)
 
     def training() -> Iterator[str]:
-        candidates = itertools.islice(splits["train"](), n_training)
-        return itertools.islice((story for story in candidates if hash(story) not in seen), max_stories)
+        return itertools.islice((story for story in splits["train"]() if hash(story) not in seen), max_stories)
 
+    seen = set(map(hash, validation()))
     return training, validation
 
 

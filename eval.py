@@ -771,9 +771,10 @@ def parse_options() -> argparse.Namespace:
                        "several into the first folder; default: the logs of --checkpoint, or logs/")
     modes.add_argument("--export", metavar="NAME", help="write a folder for transformers, or where NAME ends "
                        "in .gguf a file for llama.cpp")
-    for name in dataclasses.asdict(SamplingConfig()):
+    for name, default in dataclasses.asdict(SamplingConfig()).items():
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*names, metavar="N", default=argparse.SUPPRESS, help="default: the checkpoint's",
+        parser.add_argument(*names, metavar="N", default=argparse.SUPPRESS,
+                            help=f"default: the checkpoint's, mostly {str(default).lower()}",
                             type=functools.partial(parse_value, f"sampling.{name}"))
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps",
                         type=lambda text: choose_device(parse_value("training.device", text)))

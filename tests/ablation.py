@@ -9,7 +9,7 @@ table of Markdown.
 
 import argparse
 import contextlib
-import dataclasses
+import copy
 import math
 import statistics
 import sys
@@ -28,7 +28,7 @@ from config import Config
 from data import Batches, prepare
 from model import Transformer
 from train import (
-    Machine, Objective, evaluate, keep_freed_memory, learning_rate, make_optimizer, train_step)
+    Machine, Muon, Objective, evaluate, keep_freed_memory, learning_rate, make_optimizer, train_step)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -101,7 +101,7 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 GPT2 = (use_layer_norm, use_no_qk_norm, use_two_matrices(F.gelu), use_learned_positions)
-VARIANTS = {  # name: (changes to the model, training settings that differ from the laptop preset's)
+VARIANTS = {  # name: (changes to the model, settings that differ from the laptop preset's)
     "ours": ((), {}),
     "without QK-norm": ((use_no_qk_norm,), {}),
     "LayerNorm with biases": ((use_layer_norm,), {}),
@@ -110,11 +110,13 @@ VARIANTS = {  # name: (changes to the model, training settings that differ from 
     "learned positions": ((use_learned_positions,), {}),
     "untied embeddings": ((use_untied_embeddings,), {}),
     "GPT-2's block": (GPT2, {}),
-    "weight decay 0.1": ((), {"weight_decay": 0.1}),
-    "AdamW 5e-4": ((), {"optimizer": "adamw", "learning_rate": 5e-4}),
-    "AdamW 1e-3": ((), {"optimizer": "adamw", "learning_rate": 1e-3}),
-    "AdamW 2e-3": ((), {"optimizer": "adamw", "learning_rate": 2e-3}),
-    "GPT-2's block, AdamW 1e-3": (GPT2, {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "weight decay 0.1": ((), {"training.weight_decay": 0.1}),
+    "8 layers": ((), {"model.n_layers": 8}),
+    "5 Newton-Schulz iterations": ((), {"iterations": 5}),
+    "AdamW 5e-4": ((), {"training.optimizer": "adamw", "training.learning_rate": 5e-4}),
+    "AdamW 1e-3": ((), {"training.optimizer": "adamw", "training.learning_rate": 1e-3}),
+    "AdamW 2e-3": ((), {"training.optimizer": "adamw", "training.learning_rate": 2e-3}),
+    "GPT-2's block, AdamW 1e-3": (GPT2, {"training.optimizer": "adamw", "training.learning_rate": 1e-3}),
 }
 
 
@@ -123,7 +125,10 @@ class Trial:
 
     def __init__(self, name: str, config: Config, machine: Machine, vocab_size: int, seed: int):
         changes, settings = VARIANTS[name]
-        self.training, self.machine = dataclasses.replace(config.training, **settings), machine
+        config = copy.deepcopy(config)
+        for setting in settings.keys() - {"iterations"}:
+            config.set(setting, settings[setting])
+        self.training, self.machine = config.training, machine
         torch.manual_seed(seed)
         self.model = Transformer(config.model, vocab_size)
         self.model.no_rotation = False
@@ -131,6 +136,7 @@ class Trial:
             change(self.model)
         self.model.to(machine.device)
         self.optimizer = make_optimizer(self.model, self.training)
+        self.optimizer.ITERATIONS = settings.get("iterations", Muon.ITERATIONS)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
     def rotation(self):

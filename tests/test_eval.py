@@ -544,7 +544,8 @@ def test_sampling_is_the_checkpoints_where_no_option_says_otherwise(tmp_path, co
     path = make_checkpoint(tmp_path, sampling__temperature=0.0, sampling__max_new_tokens=20)
     told = [command("--checkpoint", path, "--generate", "Tom", *options)[1] for options in (
         [], ["--seed", "1"], ["--seed", "1", "--temperature", "2"], ["--max-new-tokens", "3"])]
-    assert told[0] == told[1] != told[2] and told[0].startswith(told[3].strip()) and len(told[3]) < len(told[0])
+    assert told[0] == told[1] != told[2]
+    assert told[0].startswith(told[3].strip()) and len(told[3]) < len(told[0])
 
 
 def test_the_logs_of_a_checkpoint_are_found_from_any_folder(tmp_path, monkeypatch, command):

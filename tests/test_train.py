@@ -43,8 +43,9 @@ def test_muon_is_torch_optims(monkeypatch, exact):
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     training = TrainingConfig(learning_rate=0.02, weight_decay=0.3)
     ours = train.make_optimizer(model, training)
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.3, momentum=train.Muon.MOMENTUM,
-                                 nesterov=True, ns_steps=train.Muon.ITERATIONS, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.3, momentum=train.Muon.MOMENTUM, nesterov=True,
+        ns_steps=train.Muon.ITERATIONS, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         for p in model.parameters():
