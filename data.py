@@ -254,7 +254,8 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
         return itertools.islice(splits["validation"](), max_val_stories)
 
     def training() -> Iterator[str]:
-        return itertools.islice((story for story in splits["train"]() if hash(story) not in seen), max_stories)
+        unseen = (story for story in splits["train"]() if hash(story) not in seen)
+        return itertools.islice(unseen, max_stories)
 
     seen = set(map(hash, validation()))
     return training, validation
