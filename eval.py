@@ -563,7 +563,9 @@ def logs_of(path: Path) -> Path:
 
 
 def plot_training(log_dirs: list[Path]) -> Path:
-    """Draws the training curves of one run or several; returns the PNG, in the first one's folder."""
+    """Draws the training curves of one run or several; returns the PNG, in the first one's folder, or here if
+    that is read-only.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.4), layout="constrained")
@@ -585,7 +587,7 @@ def plot_training(log_dirs: list[Path]) -> Path:
     panels["val_loss"].plot([], [], color="grey", label="validation")
     panels["val_loss"].plot([], [], "--", color="grey", label="training")
     panels["val_loss"].legend(loc="upper right", frameon=False, fontsize=9)
-    path = log_dirs[0] / "training_curves.png"
+    path = (log_dirs[0] if os.access(log_dirs[0], os.W_OK) else Path()) / "training_curves.png"
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=200)
     return path

@@ -540,6 +540,13 @@ def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp
     assert command("--plot")[1] == "logs/training_curves.png\n"
 
 
+def test_the_curves_of_read_only_logs_are_drawn_here(tmp_path, monkeypatch, command):
+    go(tiny_config(tmp_path / "run"))
+    monkeypatch.setattr(evaluation.os, "access", lambda path, mode: False)
+    assert command("--plot", tmp_path / "run" / "logs")[:2] == (0, "training_curves.png\n")
+    assert not list((tmp_path / "run").rglob("*.png")) and (tmp_path / "training_curves.png").exists()
+
+
 def test_sampling_is_the_checkpoints_where_no_option_says_otherwise(tmp_path, command):
     path = make_checkpoint(tmp_path, sampling__temperature=0.0, sampling__max_new_tokens=20)
     told = [command("--checkpoint", path, "--generate", "Tom", *options)[1] for options in (
