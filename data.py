@@ -555,12 +555,15 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     if found := find_streams(folder, dataset, request=request):
         return found
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
-    lock = filelock.FileLock(folder / ".lock")  # several processes may prepare the same streams
-    with contextlib.suppress(OSError, NotImplementedError):  # without a lock, or after a while, it goes on
-        lock.acquire(timeout=5 * PATIENCE)
+    lock, owner = filelock.FileLock(folder / ".lock"), ""
+    try:
+        lock.acquire(timeout=5 * PATIENCE)  # several processes may prepare the same streams
+    except (OSError, NotImplementedError) as error:
+        owner = f"-{os.getpid()}"
+        say(f"going on without the lock {folder / '.lock'}, which cannot be had: {first_line(error)}")
     try:
         if not (found := find_streams(folder, dataset, request=request)):
-            build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request)
+            build_streams(folder / f"{name}-{json_hash(request)}{owner}-{kind}", dataset, request)
             found = find_streams(folder, dataset, request=request)
         return found
     finally:

@@ -152,6 +152,11 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
 
 # ---------------------------------------------------------------- the stories of a checkpoint, and any others
 
+def found_in(places: Iterable[Path], name: str) -> Path:
+    """Returns a file or folder in the first of the places that has it, else as it is named."""
+    return next((place / name for place in places if (place / name).exists()), Path(name))
+
+
 def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Stream]:
     """Returns the training and the validation stream of a checkpoint, wherever they lie: in its data_dir here
     or in a folder above its `path`, in the project's data/; or prepared anew from their text.
@@ -162,8 +167,7 @@ def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Strea
     for folder in (*(place / config.data.data_dir for place in above), SAMPLE.parent):
         if found := find_streams(folder, content=content(checkpoint["dataset"])):
             return found[1:]
-    dataset = Path(config.data.dataset)
-    config.data.dataset = next((str(p / dataset) for p in above if (p / dataset).exists()), str(dataset))
+    config.data.dataset = str(found_in(above, config.data.dataset))
     try:
         _, *streams = prepare(config, checkpoint)
     except UserError as error:
@@ -558,8 +562,7 @@ def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
 
 def logs_of(path: Path) -> Path:
     """Returns the log folder of the checkpoint at `path`, which a relative one has above it."""
-    log_dir = Path(load_checkpoint(path)["config"]["training"]["log_dir"])
-    return next((above / log_dir for above in path.absolute().parents if (above / log_dir).exists()), log_dir)
+    return found_in(path.absolute().parents, load_checkpoint(path)["config"]["training"]["log_dir"])
 
 
 def plot_training(log_dirs: list[Path]) -> Path:

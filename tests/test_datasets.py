@@ -173,7 +173,7 @@ def test_whole_streams_are_read_without_a_lock_and_nothing_is_written(tmp_path, 
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock"), None])
-def test_a_lock_that_cannot_be_had_does_not_block(tmp_path, monkeypatch, error):
+def test_a_lock_that_cannot_be_had_does_not_block(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(data, "PATIENCE", 0.1)
     config = char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))
     (tmp_path / "data").mkdir()
@@ -190,6 +190,7 @@ def test_a_lock_that_cannot_be_had_does_not_block(tmp_path, monkeypatch, error):
         started = time.monotonic()
         prepare(config)
         assert time.monotonic() - started < 5
+    assert "going on without the lock" in capsys.readouterr().err
     before = snapshot(tmp_path)
     prepare(config)
     assert snapshot(tmp_path) == before
