@@ -555,6 +555,10 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     if found := find_streams(folder, dataset, request=request):
         return found
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     lock, owner = filelock.FileLock(folder / ".lock"), ""
     try:
         lock.acquire(timeout=5 * PATIENCE)  # several processes may prepare the same streams

@@ -196,6 +196,14 @@ def test_a_lock_that_cannot_be_had_does_not_block(tmp_path, monkeypatch, capsys,
     assert snapshot(tmp_path) == before
 
 
+def test_a_data_dir_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    config = char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))
+    config.data.data_dir = str(tmp_path / "s.txt" / "data")
+    with pytest.raises(UserError, match="cannot write .*data: Not a directory"):
+        prepare(config)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_long_path_makes_a_short_name(tmp_path):
     path = tmp_path / ("many words " * 15) / ("long" * 50 + ".txt")
     prepare(char_config(tmp_path, write_stories(path, STORIES)))
