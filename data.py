@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from config import ArgumentParser, Config, UserError, config, run_main
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
@@ -77,15 +77,6 @@ def within(seconds: float | None, work: Callable, *args):
         return future.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no answer in {seconds:g} seconds") from None
-
-
-def reachable(url: str, seconds: float = 6) -> bool:
-    """Whether a server answers within `seconds`, whatever it answers; a name that is never found does not."""
-    import requests  # comes with datasets; imported only where it is used
-
-    with contextlib.suppress(OSError, ValueError):  # ValueError: not an address at all
-        return within(seconds, functools.partial(requests.head, url, timeout=seconds)) is not None
-    return False
 
 
 def find_separator(path: Path, alone: bool) -> re.Pattern | None:
@@ -145,12 +136,12 @@ def read_texts(sources: dict[str, Callable[[], Iterator]]) -> Iterator[str]:
             for row in begin():
                 if isinstance(row, dict):
                     if column not in row:
-                        texts = [key for key, value in row.items() if isinstance(value, str)]
-                        known = [key for key in ("text", "story", "content") if key in row]
-                        if column or len(known[:1] or texts) != 1:
+                        known = [key for key in ("text", "story", "content") if key in row][:1]
+                        known = known or [key for key, value in row.items() if isinstance(value, str)]
+                        if column or len(known) != 1:
                             raise UserError(f"{name} has no column {column or 'text, story or content'}; its "
                                             f"columns are {', '.join(row)}")
-                        column, = known[:1] or texts
+                        column, = known
                     row = row[column]
                 if not isinstance(row, str | None):
                     raise UserError(f"{name} holds {str(row)[:40]} in its column {column}, which is no text")
@@ -192,20 +183,23 @@ def locate(name: str) -> dict[str, list[Path]] | None:
 
 def open_hub(name: str, limited: bool) -> dict[str, dict]:
     """Returns {split: {name: rows}} of a Hub dataset, streamed if `limited`. Raises UserError."""
-    wants_no_hub = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    offline = wants_no_hub or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the import of `datasets`: an earlier download serves
-    import datasets  # takes a second: imported only where it is used
+    import datasets  # these take a second: imported only where they are used
+    import huggingface_hub
+    import requests
 
     for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
         logging.getLogger(library).setLevel(logging.ERROR)
-    streaming = limited and not offline
+    hub = huggingface_hub.constants
+    try:
+        hub.HF_HUB_OFFLINE or within(6, requests.head, hub.ENDPOINT)
+    except (OSError, ValueError):  # no answer, or not an address at all
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
+    streaming = limited and not hub.HF_HUB_OFFLINE
     patience = PATIENCE if streaming else None  # a download takes its time, and its retries end by themselves
     try:
         splits = within(patience, functools.partial(datasets.load_dataset, name, streaming=streaming))
     except Exception as error:  # datasets raises many kinds
-        reason = "no answer from the Hub and no earlier download" if offline else first_line(error)
+        reason = "no answer from the Hub and no earlier download" if hub.HF_HUB_OFFLINE else first_line(error)
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
     if "train" not in splits:
         raise UserError(f"the dataset {name!r} must have a split 'train'; it has {', '.join(splits)}")
@@ -240,15 +234,14 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
     whole = splits["train"]
     if "validation" not in splits:
         n_stories = sum(1 for _ in progress(whole(), None, "counting stories", "stories"))
-        first = max(0, n_stories - max(1, round(0.05 * n_stories)))
-        splits = {"train": lambda: itertools.islice(whole(), first),
-                  "validation": lambda: itertools.islice(whole(), first, None)}
         if n_stories == 1:
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its last lines are held out")
             text = next(whole())
             end = max(0, text.rfind("\n", len(text) // 2, len(text) * 95 // 100))
-            splits = {"train": lambda: filter(None, [text[:end].strip()]),
-                      "validation": lambda: [text[end:].strip()]}
+            n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
+        first = max(0, n_stories - max(1, round(0.05 * n_stories)))
+        splits = {"train": lambda: itertools.islice(whole(), first),
+                  "validation": lambda: itertools.islice(whole(), first, None)}
 
     def validation() -> Iterator[str]:
         return itertools.islice(splits["validation"](), max_val_stories)
@@ -262,43 +255,6 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
 
 
 # ---------------------------------------------------------------- tokenizers
-
-class CharTokenizer:
-    """A token for each character of the training stories, then one for unknown ones, then end-of-text."""
-
-    name = "char"
-
-    def __init__(self, characters: str):
-        self.characters = characters
-        self.unknown_id, self.eot_id, self.vocab_size = (len(characters) + i for i in range(3))
-        self._ids = {character: i for i, character in enumerate(characters)}
-
-    @classmethod
-    def train(cls, stories: Iterable[str]) -> "CharTokenizer":
-        """Returns the tokenizer of the characters in `stories`, in code-point order."""
-        return cls("".join(sorted(set(itertools.chain.from_iterable(stories)))))
-
-    def encode(self, text: str) -> list[int]:
-        return [self._ids.get(character, self.unknown_id) for character in text]
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text))
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        return "".join(map(self.decoder(), tokens))
-
-    def decoder(self) -> Callable[[int | None], str]:
-        """Returns a function that turns tokens into text as they come; None ends it."""
-        vocabulary = [*self.characters, "\ufffd", END_OF_TEXT]
-        return lambda token: "" if token is None else vocabulary[token]
-
-    def unknown(self, text: str) -> list[str]:
-        """Returns the characters of `text` that the tokenizer cannot represent."""
-        return sorted(set(text) - self._ids.keys())
-
-    def spec(self) -> dict:
-        return {"type": "char", "characters": self.characters}
-
 
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless on any text.
@@ -346,39 +302,37 @@ class BPETokenizer:
         counts = list(word_counts.values())
 
         pair_counts, words_with = Counter(), defaultdict(set)
-        for i, word in enumerate(words):
-            for pair in itertools.pairwise(word):
-                pair_counts[pair] += counts[i]
+
+        def count(i: int, sign: int) -> None:
+            for pair in itertools.pairwise(words[i]):
+                pair_counts[pair] += sign * counts[i]
                 words_with[pair].add(i)
 
+        for i in range(len(words)):
+            count(i, 1)
         tokens = {bytes([b]): None for b in range(256)}  # an ordered set
         for _ in progress(range(256, vocab_size - 1), None, "training the tokenizer", "tokens"):
-            if not pair_counts:
+            highest = max(pair_counts.values(), default=0)
+            if highest == 0:
                 break
-            highest = max(pair_counts.values())
             best = max(pair for pair, count in pair_counts.items() if count == highest)
             tokens[best[0] + best[1]] = None
             for i in words_with.pop(best):
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] -= counts[i]
-                    if not pair_counts[pair]:
-                        del pair_counts[pair]
+                count(i, -1)
                 _merge(words[i], best)
-                for pair in itertools.pairwise(words[i]):
-                    pair_counts[pair] += counts[i]
-                    words_with[pair].add(i)
+                count(i, 1)
         return cls(list(tokens))
 
     def encode(self, text: str) -> list[int]:
-        pieces = re.split(r"(\s{10000})", text)  # on a million blanks tiktoken's pattern runs out of stack
-        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # half a surrogate pair, as in a cut emoji, or blanks; `encode` does without
-            return np.array(self.encode(text))
+        except ValueError:  # half a surrogate pair, as in a cut emoji, or too many blanks for the pattern
+            pieces = re.split(r"(\s{10000})", text)
+            return np.array([token for piece in pieces for token in self._encoding.encode_ordinary(piece)])
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._encoding.decode([int(t) for t in tokens])
@@ -390,10 +344,37 @@ class BPETokenizer:
         return lambda token: decode(b"", True) if token is None else decode(token_bytes(int(token)))
 
     def unknown(self, text: str) -> list[str]:
+        """Returns the characters of `text` that the tokenizer cannot represent."""
         return []
 
     def spec(self) -> dict:
         return {"type": self.name, "tokens": b" ".join(map(base64.b64encode, self.ranks)).decode()}
+
+
+class CharTokenizer(BPETokenizer):
+    """A token for each character of the training stories, then one for unknown ones, then end-of-text."""
+
+    PATTERN = r"(?s)."
+
+    def __init__(self, characters: str):
+        super().__init__([character.encode() for character in characters + UNKNOWN], "char")
+        self.characters, self.unknown_id = characters, len(characters)
+        self._unknown = re.compile(f"[^{re.escape(characters)}]")
+
+    @classmethod
+    def train(cls, stories: Iterable[str]) -> "CharTokenizer":
+        """Returns the tokenizer of the characters in `stories`, in code-point order."""
+        characters = sorted(set(itertools.chain.from_iterable(stories)) - {UNKNOWN})
+        return cls("".join(characters).encode("utf-8", "ignore").decode())
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return super().encode_array(self._unknown.sub(UNKNOWN, text))
+
+    def unknown(self, text: str) -> list[str]:
+        return sorted(set(self._unknown.findall(text)))
+
+    def spec(self) -> dict:
+        return {"type": "char", "characters": self.characters}
 
 
 def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -405,7 +386,7 @@ def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
         i += 1
 
 
-def tokenizer_from_spec(spec: dict) -> CharTokenizer | BPETokenizer:
+def tokenizer_from_spec(spec: dict) -> BPETokenizer:
     """Rebuilds the tokenizer that returned this `spec()`; needs no file and no network."""
     if spec["type"] == "char":
         return CharTokenizer(spec["characters"])
@@ -432,18 +413,18 @@ def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], o
     uint16 bytes. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
     def encode(batch: list[str]) -> np.ndarray:
-        pieces = [piece for story in batch for piece in (tokenizer.encode_array(story), [tokenizer.eot_id])]
-        return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+        parts = [part for story in batch for part in (tokenizer.encode_array(story), [tokenizer.eot_id])]
+        return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
     stories, digest, counts = iter(stories), hashlib.sha256(), Counter(stories=0, tokens=0, bytes=0)
-    batches = iter(lambda: list(itertools.islice(stories, 64)), [])
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        while group := list(itertools.islice(batches, 64)):
-            for batch, tokens in zip(group, pool.map(encode, group)):
-                write(tokens.tobytes())
-                digest.update(tokens)
-                n_bytes = sum(len(story.encode("utf-8", "replace")) for story in batch)
-                counts.update(stories=len(batch), tokens=len(tokens), bytes=n_bytes)
+        while group := list(itertools.islice(stories, 4096)):
+            batches = [group[i:i + 64] for i in range(0, len(group), 64)]
+            tokens = np.concatenate(list(pool.map(encode, batches)))
+            write(tokens)
+            digest.update(tokens)
+            n_bytes = sum(len(story.encode("utf-8", "replace")) for story in group)
+            counts.update(stories=len(group), tokens=len(tokens), bytes=n_bytes)
     return {**counts, "sha256": digest.hexdigest()}
 
 
@@ -549,9 +530,8 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     except OSError as error:
         raise UserError(f"cannot read {dataset}: {first_line(error)}") from error
     request = {"dataset": source or dataset, "max_stories": data.max_stories,
-               "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
-    if kind == "bpe":
-        request["bpe_vocab_size"] = config.training.bpe_vocab_size
+               "max_val_stories": data.max_val_stories, "tokenizer_type": kind,
+               "bpe_vocab_size": config.training.bpe_vocab_size if kind == "bpe" else None}
     if found := find_streams(folder, dataset, request=request):
         return found
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
@@ -580,16 +560,14 @@ class Batches:
     """Training batches as a pure function of (seed, step), so that resuming needs only the step.
 
     In every epoch the stream is cut into non-overlapping windows at a random offset, and each is used once.
-    Of the `world` processes that share a batch, each has its own part of the windows.
     """
 
     def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int,
-                 device: torch.device | str = "cpu", rank: int = 0, world: int = 1):
+                 device: torch.device | str = "cpu"):
         if len(tokens) <= seq_len:
             raise UserError(f"the training stories have {len(tokens):,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
         self.n_tokens, self.batch_size, self.seq_len, self.seed = len(tokens), batch_size, seq_len, seed
-        self.rank, self.world = rank, world
         self.windows_per_epoch = max(1, (len(tokens) - seq_len) // seq_len)
         self.stream = torch.from_numpy(tokens.view(np.int16)).to(device)  # torch lacks operators for uint16
         self._starts = {}
@@ -599,11 +577,10 @@ class Batches:
         return step * self.batch_size / self.windows_per_epoch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
-        device, starts = self.stream.device, torch.from_numpy(self.starts(step)[self.rank::self.world])
-        window = torch.arange(self.seq_len + 1, device=device)
-        positions = starts.to(device, non_blocking=True)[:, None] + window
-        windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
+        """Returns tokens and targets (B, T) int64, on the device, of step `step`."""
+        positions = torch.from_numpy(self.starts(step)[:, None] + np.arange(self.seq_len + 1))
+        windows = self.stream[positions.to(self.stream.device, non_blocking=True)]
+        windows = windows.long() & 0xFFFF  # as uint16 again
         return windows[:, :-1], windows[:, 1:]
 
     def starts(self, step: int) -> np.ndarray:
@@ -648,21 +625,21 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        written = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-        raise write_error(path, error, max(size, written + 1), written) from error
+        with contextlib.suppress(OSError):
+            size = max(size, temporary.stat().st_size + 1)
+            temporary.unlink()
+        raise write_error(path, error, size) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def write_error(path: Path, error: OSError, needed: int = 1, written: int = 0) -> UserError:
-    """The sentence for a file that could not be written, and why; `needed` is its size and `written` the size
-    of what is deleted, in bytes.
-    """
+def write_error(path: Path, error: OSError, size: int = 1) -> UserError:
+    """The sentence for a file of `size` bytes that could not be written, and why."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
-    free = (shutil.disk_usage(path.parent).free + written) / 1e6
-    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(needed / 1e5) / 10} MB are "
+    free = shutil.disk_usage(path.parent).free / 1e6
+    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(size / 1e5) / 10} MB are "
                      f"needed and {free:.1f} MB are free; make space and run the same command again")
 
 
@@ -714,9 +691,8 @@ def main() -> None:
         info = stream.info
         print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, "
               f"{info['bytes']:,} bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
-    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
-    print(f"\nthe first {settings.model.max_seq_len} tokens:\n")
-    print(tokenizer.decode(train.tokens[:settings.model.max_seq_len]))
+    beginning = tokenizer.decode(train.tokens[:settings.model.max_seq_len])
+    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens\n\n{beginning} ...")
 
 
 if __name__ == "__main__":
