@@ -200,6 +200,7 @@ def _suggest(name: str, known) -> str:
 
 def _convert(text: str, types: tuple):
     """Returns text as a value of one of the types, or as it is where that fails, for `validate` to report."""
+    text = os.path.expanduser(text)  # which a shell does not do after an equals sign
     word = text.strip().lower()
     if word == "none" and NoneType in types:
         return None

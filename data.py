@@ -97,9 +97,9 @@ def find_separator(path: Path, alone: bool) -> re.Pattern | None:
     return separator
 
 
-def read_stories(path: Path, alone: bool = True) -> Iterator[str]:
+def read_stories(path: Path, alone: bool = True, find: Callable = find_separator) -> Iterator[str]:
     """Yields the stories of a text file, stripped, without empty ones; all of it where nothing separates."""
-    separator, start = find_separator(path, alone), 0
+    separator, start = find(path, alone), 0
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for match in itertools.chain(separator.finditer(text) if separator else (), [None]):
             story = text[start:match and match.start()].decode("utf-8-sig")
@@ -108,12 +108,12 @@ def read_stories(path: Path, alone: bool = True) -> Iterator[str]:
             start = match and match.end()
 
 
-def read_rows(path: Path, alone: bool) -> Iterator:
+def read_rows(path: Path, alone: bool, find: Callable) -> Iterator:
     """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
     if not path.stat().st_size:
         return
     if path.suffix.lower() == ".txt":
-        yield from read_stories(path, alone)
+        yield from read_stories(path, alone, find)
     elif path.suffix.lower() == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
@@ -144,7 +144,8 @@ def read_texts(sources: dict[str, Callable[[], Iterator]]) -> Iterator[str]:
                         column, = known
                     row = row[column]
                 if not isinstance(row, str | None):
-                    raise UserError(f"{name} holds {str(row)[:40]} in its column {column}, which is no text")
+                    raise UserError(f"{name} holds {str(row)[:40]} in its column {column or 'of stories'}, "
+                                    "which is no text")
                 if row and (story := row.strip()):
                     yield story
         except UnicodeDecodeError as error:
@@ -218,7 +219,8 @@ def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[st
     without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     if files := locate(name):
-        sources = {split: {str(path): functools.partial(read_rows, path, len(paths) == 1) for path in paths}
+        find = functools.cache(find_separator)  # which says once what it finds
+        sources = {split: {str(p): functools.partial(read_rows, p, len(paths) == 1, find) for p in paths}
                    for split, paths in files.items()}
     else:
         sources = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
@@ -235,9 +237,10 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
     if "validation" not in splits:
         n_stories = sum(1 for _ in progress(whole(), None, "counting stories", "stories"))
         if n_stories == 1:
-            say(f"one long text, since no line {END_OF_TEXT} separates stories: its last lines are held out")
+            say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
             text = next(whole())
-            end = max(0, text.rfind("\n", len(text) // 2, len(text) * 95 // 100))
+            ends = (text.rfind(mark, len(text) // 2, len(text) * 95 // 100) + 1 for mark in ("\n", ". "))
+            end = next(filter(None, ends), 0)
             n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
         first = max(0, n_stories - max(1, round(0.05 * n_stories)))
         splits = {"train": lambda: itertools.islice(whole(), first),

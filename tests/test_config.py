@@ -38,6 +38,13 @@ def test_every_kind_of_value():
     assert config.sampling.top_k is None and config.sampling.temperature == 0
 
 
+def test_a_home_folder_is_one_after_an_equals_sign_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configure("data.dataset=~/stories.txt", "training.log_dir=~", "data.data_dir=a~b")
+    assert (config.data.dataset, config.training.log_dir) == ("/home/me/stories.txt", "/home/me")
+    assert config.data.data_dir == "a~b"
+
+
 def test_a_config_of_its_own_values_is_the_same_and_sections_of_an_older_one_have_defaults():
     config = configure("model.n_layers=3", "sampling.seed=5")
     assert Config.of(dataclasses.asdict(config)) == config

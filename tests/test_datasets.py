@@ -259,6 +259,7 @@ def test_json_and_parquet_of_one_obvious_column(tmp_path, column, form):
     ({"a.jsonl": '{"text": "x"}', "b.jsonl": '{"body": "y"}'},
      r"b.jsonl has no column text; its columns are body"),
     ({"a.jsonl": '{"text": 7}'}, "a.jsonl holds 7 in its column text, which is no text"),
+    ({"a.jsonl": "1\n2"}, "a.jsonl holds 1 in its column of stories, which is no text"),
     ({"a.jsonl": '{"story": ["x", "y"]}'}, "a.jsonl holds .* in its column story, which is no text"),
     ({"a.json": '[{"text": {"en": "x"}}]'}, "a.json holds .*en.* in its column text, which is no text"),
     ({"a.json": '{"text": '}, "cannot read .*a.json: "),
@@ -298,7 +299,7 @@ def test_separators_of_many_kinds(tmp_path, capsys, between, named):
     training, validation = split(path)
     assert training + validation == STORIES
     printed = capsys.readouterr().err
-    assert (f"stories are separated by {named}" in printed) if named else printed == ""
+    assert printed == (f"{path}: stories are separated by {named}\n" if named else "")  # once
 
 
 def test_what_looks_like_a_separator_and_is_not_is_named(tmp_path, capsys):
@@ -309,11 +310,12 @@ def test_what_looks_like_a_separator_and_is_not_is_named(tmp_path, capsys):
     assert "---" not in printed
 
 
-@pytest.mark.parametrize("mark", ["", "</s>", "\n---\n"])
-def test_a_book_is_one_long_text(tmp_path, capsys, mark):
+@pytest.mark.parametrize(
+    ("mark", "newlines"), [("", "\n\n"), ("</s>", "\n\n"), ("\n---\n", "\n\n"), ("", " ")])
+def test_a_book_is_one_long_text(tmp_path, capsys, mark, newlines):
     path = tmp_path / "book.txt"
     paragraphs = [f"Paragraph {i}. " * 10 for i in range(200)]
-    path.write_text("\n\n".join(paragraphs[:100]) + mark + "\n\n".join(paragraphs[100:]))
+    path.write_text(newlines.join(paragraphs[:100]) + mark + newlines.join(paragraphs[100:]))
     (training,), (validation,) = split(path)
     assert training.startswith("Paragraph 0.") and validation.startswith("Paragraph 19")
     assert 0.02 < len(validation) / len(training) < 0.08
