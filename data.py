@@ -192,7 +192,8 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
         logging.getLogger(library).setLevel(logging.ERROR)
     hub = huggingface_hub.constants
     try:
-        hub.HF_HUB_OFFLINE or within(6, requests.head, hub.ENDPOINT)
+        if not hub.HF_HUB_OFFLINE:
+            within(6, requests.head, hub.ENDPOINT)
     except (OSError, ValueError):  # no answer, or not an address at all
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
     streaming = limited and not hub.HF_HUB_OFFLINE
@@ -362,7 +363,7 @@ class CharTokenizer(BPETokenizer):
     def __init__(self, characters: str):
         super().__init__([character.encode() for character in characters + UNKNOWN], "char")
         self.characters, self.unknown_id = characters, len(characters)
-        self._unknown = re.compile(f"[^{re.escape(characters)}]")
+        self._unknown = re.compile(f"[^{re.escape(characters + UNKNOWN)}]")
 
     @classmethod
     def train(cls, stories: Iterable[str]) -> "CharTokenizer":
@@ -533,8 +534,9 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     except OSError as error:
         raise UserError(f"cannot read {dataset}: {first_line(error)}") from error
     request = {"dataset": source or dataset, "max_stories": data.max_stories,
-               "max_val_stories": data.max_val_stories, "tokenizer_type": kind,
-               "bpe_vocab_size": config.training.bpe_vocab_size if kind == "bpe" else None}
+               "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
+    if kind == "bpe":
+        request["bpe_vocab_size"] = config.training.bpe_vocab_size
     if found := find_streams(folder, dataset, request=request):
         return found
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
@@ -581,9 +583,9 @@ class Batches:
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`."""
-        positions = torch.from_numpy(self.starts(step)[:, None] + np.arange(self.seq_len + 1))
-        windows = self.stream[positions.to(self.stream.device, non_blocking=True)]
-        windows = windows.long() & 0xFFFF  # as uint16 again
+        starts = torch.from_numpy(self.starts(step)).to(self.stream.device, non_blocking=True)
+        positions = starts[:, None] + torch.arange(self.seq_len + 1, device=starts.device)
+        windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
         return windows[:, :-1], windows[:, 1:]
 
     def starts(self, step: int) -> np.ndarray:

@@ -140,6 +140,16 @@ def test_gpt2_is_lossless_and_is_tiktokens(stories, gpt2):
     assert all(gpt2.encode(text) == theirs.encode_ordinary(text) for text in stories[:100] + UNICODE)
 
 
+def test_any_character_can_be_a_token():
+    text = "a]b[c^d-e\\f&&g~~h|i--j.*+?{}()$# \t\n\r\v\0\x85\u2028é日𝔘🙂"
+    tokenizer = CharTokenizer.train([text])
+    round_trips(tokenizer, [text, text[::-1], ""])
+    assert tokenizer.vocab_size == len(set(text)) + 2 and tokenizer.unknown(text + "z") == ["z"]
+    odd = CharTokenizer.train(["a\ud83db\ufffd"])  # half a surrogate pair, and what stands for unknown
+    assert odd.characters == "ab" and odd.encode("a\ud83d\ufffdb") == [0, 2, 2, 1]
+    assert CharTokenizer.train([]).encode("x") == [0]
+
+
 def test_char_is_lossless_on_its_stories_and_names_what_it_does_not_know(stories):
     tokenizer = CharTokenizer.train(stories)
     round_trips(tokenizer, stories)
