@@ -121,6 +121,25 @@ def test_transformers_tells_the_same_story(exported):
     assert isinstance(tell("Tom")[0]["generated_text"], str)
 
 
+@pytest.mark.parametrize(("sampling", "options"), [
+    (SamplingConfig(temperature=0, top_k=None), "--temp 0 --top-k 0 --top-p 1 --min-p 0"),
+    (SamplingConfig(temperature=0.5, top_k=7, top_p=0.9), "--temp 0.5 --top-k 7 --top-p 0.9 --min-p 0")])
+def test_a_story_is_sampled_as_the_settings_say(bpe, tmp_path, sampling, options):
+    model = small_model(bpe.vocab_size)
+    use = export(model, bpe, sampling, str(tmp_path / "model.gguf"))
+    assert all(options in line for line in use.splitlines())
+    transformers = pytest.importorskip("transformers")
+    export(model, bpe, sampling, str(tmp_path / "folder"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    settings = theirs.generation_config
+    assert settings.do_sample == (sampling.temperature > 0) and settings.top_k == sampling.top_k
+    assert (settings.temperature, settings.top_p) == (sampling.temperature, sampling.top_p or 1)
+    prompt = [bpe.eot_id, *bpe.encode("Tom")]
+    told = theirs.generate(torch.tensor([prompt]), max_new_tokens=10)[0].tolist()
+    greedy, = model.generate([prompt], 10, temperature=0, eot_id=bpe.eot_id)
+    assert told[:len(prompt)] == prompt and (told == greedy or sampling.temperature > 0)
+
+
 @torch.no_grad()
 def test_perplexity_with_transformers_alone_is_that_of_eval(exported):
     total = n_tokens = 0
