@@ -229,7 +229,9 @@ class ArgumentParser(argparse.ArgumentParser):
             self.add_argument("--preset", metavar="NAME", help="start from a preset: " + ", ".join(PRESETS))
 
     def error(self, message: str):
-        raise UserError(f"{message} (--help lists what there is)")
+        wrong = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        known = [*(option.strip("-") for option in self._option_string_actions), *_TYPES]
+        raise UserError(f"{message}{_suggest(wrong[1], known) if wrong else ''} (--help lists what there is)")
 
     def configure(self, config: Config,
                   arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:

@@ -75,6 +75,8 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
 @pytest.mark.parametrize(("arguments", "names"), [
     (["model.n_layer=3"], ["model.n_layer", "did you mean 'model.n_layers'"]),
     (["n_layers=3"], ["n_layers", "model.n_layers"]),
+    (["--batch_size=12"], ["--batch_size=12", "did you mean 'training.batch_size'?"]),
+    (["--presets", "quick"], ["--presets", "did you mean 'preset'?"]),
     (["optimizer.lr=3"], ["optimizer.lr"]),
     (["--preset", "quik"], ["quik", "did you mean 'quick'"]),
     (["--preset"], ["--preset"]),
