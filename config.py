@@ -90,7 +90,7 @@ PRESETS = {
         "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
         "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 768,
         "model.max_seq_len": 256, "model.dropout": 0.2, "training.batch_size": 16,
-        "training.warmup_steps": 25, "training.max_minutes": 4.5, "sampling.temperature": 0.5,
+        "training.warmup_steps": 25, "training.max_minutes": 4.5, "sampling.top_k": 5,
     },
     "laptop": {  # without a GPU, for a few minutes, less than an epoch or two: half as deep
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.dropout": 0.0, "training.batch_size": 4,
