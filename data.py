@@ -58,8 +58,8 @@ class TokenizerUnavailable(UserError):
     """GPT-2's vocabulary cannot be had."""
 
 
-def within(seconds: float | None, work: Callable, *args):
-    """Returns work(*args), and says so where that takes long. Raises TimeoutError after `seconds`."""
+def within(seconds: float | None, work: Callable, *args, slow: Callable | None = None):
+    """Returns work(*args); calls `slow` after a tenth of the time. Raises TimeoutError after `seconds`."""
     future = concurrent.futures.Future()
 
     def run():
@@ -69,17 +69,17 @@ def within(seconds: float | None, work: Callable, *args):
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()  # which the end of the process does not wait for
-    if seconds == PATIENCE:
+    if slow:
         with contextlib.suppress(TimeoutError):
             return future.result(seconds / 10)
-        say(f"the Hub does not answer: trying for {seconds:g} seconds")
+        slow()
     try:
         return future.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no answer in {seconds:g} seconds") from None
 
 
-def find_separator(path: Path, alone: bool) -> re.Pattern | None:
+def find_separator(path: Path, alone: bool = True) -> re.Pattern | None:
     """Returns what separates the stories of a text, by its first 16 MB; None where nothing does. Says what it
     is, and what looks like it and is not. In a text that is not `alone`, dashes and newlines are its own.
     """
@@ -97,9 +97,9 @@ def find_separator(path: Path, alone: bool) -> re.Pattern | None:
     return separator
 
 
-def read_stories(path: Path, alone: bool = True, find: Callable = find_separator) -> Iterator[str]:
+def read_stories(path: Path, find: Callable = find_separator) -> Iterator[str]:
     """Yields the stories of a text file, stripped, without empty ones; all of it where nothing separates."""
-    separator, start = find(path, alone), 0
+    separator, start = find(path), 0
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for match in itertools.chain(separator.finditer(text) if separator else (), [None]):
             story = text[start:match and match.start()].decode("utf-8-sig")
@@ -108,12 +108,12 @@ def read_stories(path: Path, alone: bool = True, find: Callable = find_separator
             start = match and match.end()
 
 
-def read_rows(path: Path, alone: bool, find: Callable) -> Iterator:
+def read_rows(path: Path, find: Callable) -> Iterator:
     """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
     if not path.stat().st_size:
         return
     if path.suffix.lower() == ".txt":
-        yield from read_stories(path, alone, find)
+        yield from read_stories(path, find)
     elif path.suffix.lower() == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
@@ -197,9 +197,12 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
     except (OSError, ValueError):  # no answer, or not an address at all
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
     streaming = limited and not hub.HF_HUB_OFFLINE
-    patience = PATIENCE if streaming else None  # a download takes its time, and its retries end by themselves
+    ask = functools.partial(within, None)  # a download takes its time, and its retries end by themselves
+    if streaming:
+        waiting = f"the Hub does not answer: trying for {PATIENCE:g} seconds"
+        ask = functools.partial(within, PATIENCE, slow=functools.cache(lambda: say(waiting)))  # once
     try:
-        splits = within(patience, functools.partial(datasets.load_dataset, name, streaming=streaming))
+        splits = ask(functools.partial(datasets.load_dataset, name, streaming=streaming))
     except Exception as error:  # datasets raises many kinds
         reason = "no answer from the Hub and no earlier download" if hub.HF_HUB_OFFLINE else first_line(error)
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
@@ -208,7 +211,7 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
 
     def rows(split: str) -> Iterator[dict]:
         batches = splits[split].iter(batch_size=1000)
-        while batch := within(patience, next, batches, None):
+        while batch := ask(next, batches, None):
             yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
 
     return {split: {f"the dataset {name!r}": functools.partial(rows, split if split in part else part[0])}
@@ -220,9 +223,10 @@ def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[st
     without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     if files := locate(name):
-        find = functools.cache(find_separator)  # which says once what it finds
-        sources = {split: {str(p): functools.partial(read_rows, p, len(paths) == 1, find) for p in paths}
-                   for split, paths in files.items()}
+        sources = {}
+        for split, paths in files.items():  # however often they are read, what separates them is said once
+            find = functools.cache(functools.partial(find_separator, alone=len(paths) == 1))
+            sources[split] = {str(path): functools.partial(read_rows, path, find) for path in paths}
     else:
         sources = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
     return {split: functools.partial(read_texts, source) for split, source in sources.items()}
@@ -240,8 +244,8 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
         if n_stories == 1:
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
             text = next(whole())
-            ends = (text.rfind(mark, len(text) // 2, len(text) * 95 // 100) + 1 for mark in ("\n", ". "))
-            end = next(filter(None, ends), 0)
+            half, most = len(text) // 2, len(text) * 95 // 100
+            end = text.rfind("\n", half, most) + 1 or text.rfind(". ", half, most) + 1
             n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
         first = max(0, n_stories - max(1, round(0.05 * n_stories)))
         splits = {"train": lambda: itertools.islice(whole(), first),
@@ -307,13 +311,13 @@ class BPETokenizer:
 
         pair_counts, words_with = Counter(), defaultdict(set)
 
-        def count(i: int, sign: int) -> None:
+        def add(i: int, sign: int) -> None:
             for pair in itertools.pairwise(words[i]):
                 pair_counts[pair] += sign * counts[i]
                 words_with[pair].add(i)
 
         for i in range(len(words)):
-            count(i, 1)
+            add(i, 1)
         tokens = {bytes([b]): None for b in range(256)}  # an ordered set
         for _ in progress(range(256, vocab_size - 1), None, "training the tokenizer", "tokens"):
             highest = max(pair_counts.values(), default=0)
@@ -322,9 +326,9 @@ class BPETokenizer:
             best = max(pair for pair, count in pair_counts.items() if count == highest)
             tokens[best[0] + best[1]] = None
             for i in words_with.pop(best):
-                count(i, -1)
+                add(i, -1)
                 _merge(words[i], best)
-                count(i, 1)
+                add(i, 1)
         return cls(list(tokens))
 
     def encode(self, text: str) -> list[int]:
@@ -412,9 +416,9 @@ class Stream:
         return tokens, len(tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode())
 
 
-def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[bytes], object]) -> dict:
+def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[np.ndarray], object]) -> dict:
     """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as
-    uint16 bytes. Returns counts and hash of what was written. Some thousand stories are in memory.
+    uint16 arrays. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
     def encode(batch: list[str]) -> np.ndarray:
         parts = [part for story in batch for part in (tokenizer.encode_array(story), [tokenizer.eot_id])]
@@ -565,14 +569,16 @@ class Batches:
     """Training batches as a pure function of (seed, step), so that resuming needs only the step.
 
     In every epoch the stream is cut into non-overlapping windows at a random offset, and each is used once.
+    Of the `world` processes that share a batch, each has its own part of the windows.
     """
 
     def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int,
-                 device: torch.device | str = "cpu"):
+                 device: torch.device | str = "cpu", rank: int = 0, world: int = 1):
         if len(tokens) <= seq_len:
             raise UserError(f"the training stories have {len(tokens):,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
         self.n_tokens, self.batch_size, self.seq_len, self.seed = len(tokens), batch_size, seq_len, seed
+        self.rank, self.world = rank, world
         self.windows_per_epoch = max(1, (len(tokens) - seq_len) // seq_len)
         self.stream = torch.from_numpy(tokens.view(np.int16)).to(device)  # torch lacks operators for uint16
         self._starts = {}
@@ -582,8 +588,9 @@ class Batches:
         return step * self.batch_size / self.windows_per_epoch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns tokens and targets (B, T) int64, on the device, of step `step`."""
-        starts = torch.from_numpy(self.starts(step)).to(self.stream.device, non_blocking=True)
+        """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
+        starts = torch.from_numpy(self.starts(step)[self.rank::self.world])
+        starts = starts.to(self.stream.device, non_blocking=True)
         positions = starts[:, None] + torch.arange(self.seq_len + 1, device=starts.device)
         windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
         return windows[:, :-1], windows[:, 1:]
@@ -622,21 +629,20 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+        finally:  # what is left of it is deleted before free space is measured
+            with contextlib.suppress(OSError):
+                size = max(size, temporary.stat().st_size + 1)
+                temporary.unlink()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            size = max(size, temporary.stat().st_size + 1)
-            temporary.unlink()
         raise write_error(path, error, size) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_error(path: Path, error: OSError, size: int = 1) -> UserError:

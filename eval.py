@@ -190,7 +190,7 @@ def read_stream(name: str, tokenizer) -> Stream:
     if not counts["stories"]:
         raise UserError(f"the dataset {name!r} has no stories")
     info = {"dataset": name, "split": split.replace("train", "all"), **counts}
-    return Stream(np.frombuffer(b"".join(chunks), np.uint16), info)
+    return Stream(np.concatenate(chunks), info)
 
 
 def story_texts(tokens: np.ndarray, tokenizer) -> Iterator[str]:
@@ -602,8 +602,8 @@ def plot_training(log_dirs: list[Path]) -> Path:
 STAND_INS = {byte: 256 + i for i, byte in enumerate((*range(33), *range(127, 161), 173))}
 FOLDER_USE = """from transformers import pipeline
 print(pipeline("text-generation", "{}")("Once upon a time")[0]["generated_text"])"""
-GGUF_USE = """llama-completion -m "{0}" -no-cnv {1} -p "Once upon a time"
-llama-server -m "{0}" {1}    # and its /v1/completions"""
+GGUF_USE = """llama-completion -m "{0}" -no-cnv {1} --min-p 0 -p "Once upon a time"
+llama-server -m "{0}" {1} --min-p 0    # and its /v1/completions"""
 GGUF_SETTINGS = dict(re.findall(r"(\S+)=(\S+)", """
     context_length=max_position_embeddings embedding_length=hidden_size block_count=num_hidden_layers
     feed_forward_length=intermediate_size attention.head_count=num_attention_heads
@@ -645,7 +645,7 @@ def tokenizer_json(tokenizer) -> dict:
                 "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [eot], "tokens": [END_OF_TEXT]}}}}
 
 
-def transformers_files(model: Transformer, tokenizer, sampling) -> dict[str, dict]:
+def transformers_files(model: Transformer, tokenizer, sampling: SamplingConfig) -> dict[str, dict]:
     """Returns the JSON files of a folder for transformers, its versions 4 and 5."""
     c = model.config
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
@@ -716,7 +716,7 @@ def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
     return head + bytes(-len(head) % 32) + data
 
 
-def export(model: Transformer, tokenizer, sampling, target: str) -> str:
+def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str) -> str:
     """Writes a file for llama.cpp where `target` ends in .gguf, else a folder for transformers, and returns
     the lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError where it exists,
     cannot be written or cannot hold the tokenizer.
@@ -743,7 +743,7 @@ def export(model: Transformer, tokenizer, sampling, target: str) -> str:
     except OSError as error:
         raise write_error(path, error) from error
     chosen = f"--temp {sampling.temperature:g} --top-k {sampling.top_k or 0} --top-p {sampling.top_p or 1:g}"
-    return (GGUF_USE if path.suffix == ".gguf" else FOLDER_USE).format(path.as_posix(), chosen + " --min-p 0")
+    return (GGUF_USE if path.suffix == ".gguf" else FOLDER_USE).format(path.as_posix(), chosen)
 
 
 # ---------------------------------------------------------------- command line
@@ -812,7 +812,7 @@ def main() -> None:
     elif options.inspect is not None:
         run_inspection(model, tokenizer, checkpoint, options.inspect)
     elif options.export is not None:
-        print(export(model, tokenizer, options, options.export))
+        print(export(model, tokenizer, SamplingConfig(**sampling_of(options)), options.export))
     else:
         run_evaluation(model, tokenizer, checkpoint, options)
 

@@ -480,7 +480,7 @@ class Run:
         self.dataset = {"train": train_stream.info, "validation": val_stream.info}
         self.fell_back = config.data.dataset == "auto" and train_stream.info["dataset"] == "sample"
         self.batches = Batches(train_stream.tokens, training.batch_size, config.model.max_seq_len,
-                               training.seed, machine.device)
+                               training.seed, machine.device, machine.rank, machine.world)
         epoch = self.batches.windows_per_epoch // training.batch_size  # steps
         self.eval_interval = training.eval_interval or min(max(100, epoch), 250)
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step
@@ -614,7 +614,7 @@ def next_step(run: Run) -> tuple[Tensor, Tensor]:
     rate = learning_rate(state.step, training.learning_rate, training.warmup_steps, *run.plan())
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    tokens, targets = (part[machine.rank::machine.world] for part in run.batches.at(state.step))
+    tokens, targets = run.batches.at(state.step)
     dropout_seed = np.random.SeedSequence([training.seed, state.step, machine.rank])
     while True:
         torch.manual_seed(int(dropout_seed.generate_state(1, np.uint64)[0] >> 1))

@@ -362,6 +362,13 @@ def test_targets_are_the_next_tokens_above_32767_too():
     assert seen.min() >= 0 and (seen > 32_767).float().mean() > 0.45 and seen.max() > 65_000
 
 
+def test_processes_share_a_batch():
+    tokens = np.arange(5000, dtype=np.uint16)
+    whole, _ = Batches(tokens, 8, 32, seed=1).at(3)
+    parts = [Batches(tokens, 8, 32, seed=1, rank=rank, world=2).at(3)[0] for rank in (0, 1)]
+    assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+
+
 def test_too_few_tokens_for_one_window_are_refused():
     with pytest.raises(UserError, match="64 tokens, fewer than one window of model.max_seq_len = 64"):
         Batches(np.zeros(64, np.uint16), 1, 64, seed=0)
