@@ -6,7 +6,6 @@ end-of-text, and `Batches` reads training batches from one. `python data.py` pre
 
 import base64
 import codecs
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -14,19 +13,20 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import mmap
+import multiprocessing
 import os
 import re
+import reprlib
+import secrets
 import shutil
 import sys
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import filelock  # comes with torch
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
@@ -39,7 +39,7 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-PATIENCE = 120  # seconds to wait for the Hub, or for another process
+PATIENCE = 120  # seconds to wait for an answer of the Hub
 
 SEPARATORS = (  # of stories, the likelier first
     rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$",  # a line; the first may have a byte-order mark
@@ -54,209 +54,167 @@ class DatasetUnavailable(UserError):
     """The dataset cannot be reached: `auto` falls back, a dataset named explicitly is an error."""
 
 
-class TokenizerUnavailable(UserError):
-    """GPT-2's vocabulary cannot be had."""
-
-
-def within(seconds: float | None, work: Callable, *args, slow: Callable | None = None):
-    """Returns work(*args); calls `slow` after a tenth of the time. Raises TimeoutError after `seconds`."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(work(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # which the end of the process does not wait for
-    if slow:
-        with contextlib.suppress(TimeoutError):
-            return future.result(seconds / 10)
-        slow()
+def within(seconds: float, work: Callable, *args):
+    """Returns work(*args). Raises TimeoutError after `seconds`, and leaves the work to its thread."""
     try:
-        return future.result(seconds)
-    except TimeoutError:
+        with ThreadPool(1) as pool:
+            return pool.apply_async(work, args).get(seconds)
+    except multiprocessing.TimeoutError:
         raise TimeoutError(f"no answer in {seconds:g} seconds") from None
 
 
-def find_separator(path: Path, alone: bool = True) -> re.Pattern | None:
-    """Returns what separates the stories of a text, by its first 16 MB; None where nothing does. Says what it
-    is, and what looks like it and is not. In a text that is not `alone`, dashes and newlines are its own.
+def find_separator(path: Path, alone: bool) -> re.Pattern:
+    """Returns what separates the stories of a text, by its first 16 MB; its end does, too. Says what it is,
+    and what looks like it and is not. In a text that is not `alone`, dashes and newlines are its own.
     """
     with open(path, "rb") as file:
         head, separator = file.read(2**24), None
     for pattern in SEPARATORS if alone else SEPARATORS[:2]:
-        found = Counter(mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head))
-        names = ", ".join(sorted(found.keys() - {END_OF_TEXT}))
-        if not separator and (found.total() > 1 or END_OF_TEXT in found):
-            separator = re.compile(pattern)
+        marks = [mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head)]
+        names = ", ".join(sorted({*marks} - {END_OF_TEXT}))
+        if not separator and (len(marks) > 1 or END_OF_TEXT in marks):
+            separator = pattern
             if pattern != SEPARATORS[0]:
-                say(f"{path}: stories are separated by {names or END_OF_TEXT}")
+                say_once(f"{path}: stories are separated by {names or END_OF_TEXT}")
         elif names and (not separator or pattern == SEPARATORS[1]):
-            say(f"WARNING: {path}: {names} is read as text, not as the end of a story")
-    return separator
+            say_once(f"WARNING: {path}: {names} is read as text, not as the end of a story")
+    return re.compile((separator or rb"\Z") + rb"|\Z")
 
 
-def read_stories(path: Path, find: Callable = find_separator) -> Iterator[str]:
-    """Yields the stories of a text file, stripped, without empty ones; all of it where nothing separates."""
-    separator, start = find(path), 0
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for match in itertools.chain(separator.finditer(text) if separator else (), [None]):
-            story = text[start:match and match.start()].decode("utf-8-sig")
-            if story := story.replace("\r\n", "\n").replace("\r", "\n").strip():
-                yield story
-            start = match and match.end()
-
-
-def read_rows(path: Path, find: Callable) -> Iterator:
+def read_rows(path: Path, alone: bool) -> Iterator:
     """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
-    if not path.stat().st_size:
-        return
-    if path.suffix.lower() == ".txt":
-        yield from read_stories(path, find)
-    elif path.suffix.lower() == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        separator, start = find_separator(path, alone), 0
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            for match in separator.finditer(text):
+                yield text[start:match.start()].decode("utf-8-sig")
+                start = match.end()
+    elif kind == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     else:
         with open(path, encoding="utf-8-sig") as file:
-            is_array = file.read(100).lstrip().startswith("[")
+            is_array = file.read(1) == "["
             file.seek(0)
             yield from json.load(file) if is_array else map(json.loads, filter(str.strip, file))
 
 
-def read_texts(sources: dict[str, Callable[[], Iterator]]) -> Iterator[str]:
-    """Yields the stories in {name: rows}, files or a Hub dataset, from their column text, story or content,
-    or the only one with text, which must be the same in all of them. Raises UserError.
+def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
+    """Yields the stories in {name: function that begins to read}, stripped, without empty ones; from their
+    column text, story or content, or the only one with text, the same in all of them. Raises UserError.
     """
     column = None
     for name, begin in sources.items():
         try:
             for row in begin():
                 if isinstance(row, dict):
-                    if column not in row:
-                        known = [key for key in ("text", "story", "content") if key in row][:1]
-                        known = known or [key for key, value in row.items() if isinstance(value, str)]
-                        if column or len(known) != 1:
-                            raise UserError(f"{name} has no column {column or 'text, story or content'}; its "
-                                            f"columns are {', '.join(row)}")
-                        column, = known
-                    row = row[column]
+                    texts = [key for key, value in row.items() if isinstance(value, str)]
+                    names = ("text", "story", "content", *(texts if len(texts) == 1 else ()))
+                    column = column or next((key for key in names if key in row), None)
+                    row = row.get(column, row)
                 if not isinstance(row, str | None):
-                    raise UserError(f"{name} holds {str(row)[:40]} in its column {column or 'of stories'}, "
-                                    "which is no text")
-                if row and (story := row.strip()):
+                    raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted, in a column "
+                                    f"{column or 'text, story or content'}")
+                text = (row or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                if story := re.sub("\r\n?", "\n", text).strip():
                     yield story
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text ({error.reason}); convert it") from error
         except (OSError, ValueError, RuntimeError) as error:
-            raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}") from error
+            advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
+            raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}{advice}") from error
 
 
-def by_split(names: Iterable[str]) -> dict[str, list[str]]:
+def by_split(names: Iterable[str]) -> dict[str, list]:
     """Groups files or splits: for validation are those with valid, val, dev or test in their names."""
-    groups = {split: [] for split in SPLITS}
-    for name in names:
-        held_out = re.search(r"(?<![a-z])(valid|validation|val|dev|test)(?![a-z])", name.lower())
-        groups["validation" if held_out else "train"].append(name)
-    return groups if all(groups.values()) else {"train": list(names)}
+    held_out = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test)(?![a-z])").search
+    groups = list(itertools.filterfalse(held_out, names)), list(filter(held_out, names))
+    return dict(zip(SPLITS, groups)) if all(groups) else {"train": list(names)}
 
 
 def locate(name: str) -> dict[str, list[Path]] | None:
     """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
     path = SAMPLE if name == "sample" else Path(name)
     files = [p for p in (sorted(path.rglob("[!.]*")) if path.is_dir() else [path])
-             if p.is_file() and p.suffix.lower() in SUFFIXES]
+             if p.suffix.lower() in SUFFIXES and p.is_file() and p.stat().st_size]
     if files:
         kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
         names = [p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind]
         return {split: [path / name for name in part] for split, part in by_split(names).items()}
-    kinds = "no file and no folder of files " + ", ".join(SUFFIXES)
-    if path.exists() or path.is_symlink():
-        state = kinds if path.exists() else f"a link to {path.readlink()}, which is gone"
-        raise UserError(f"data.dataset = {name!r} is {state}")
-    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name):
-        raise UserError(f"data.dataset = {name!r} does not exist: it is not auto, tinystories or sample, "
-                        f"{kinds}, and not the name of a Hub dataset such as roneneldan/TinyStories")
+    is_name = re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in SUFFIXES
+    if not is_name or os.path.lexists(path):
+        state = "is" if path.exists() else "does not exist: it is"
+        raise UserError(
+            f"data.dataset = {name!r} {state} not auto, tinystories or sample, no file or folder of files "
+            f"{', '.join(SUFFIXES)} with something in them (or link to one), and not the name of one on the "
+            "Hub, such as roneneldan/TinyStories")
     return None
 
 
 def open_hub(name: str, limited: bool) -> dict[str, dict]:
     """Returns {split: {name: rows}} of a Hub dataset, streamed if `limited`. Raises UserError."""
     import datasets  # these take a second: imported only where they are used
-    import huggingface_hub
+    import huggingface_hub.constants as hub
     import requests
 
     for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
         logging.getLogger(library).setLevel(logging.ERROR)
-    hub = huggingface_hub.constants
     try:
-        if not hub.HF_HUB_OFFLINE:
-            within(6, requests.head, hub.ENDPOINT)
+        within(6, requests.head, hub.ENDPOINT)
+        say(f"reading {name} from {hub.ENDPOINT}, which gets {PATIENCE:g} seconds for each answer")
     except (OSError, ValueError):  # no answer, or not an address at all
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
-    streaming = limited and not hub.HF_HUB_OFFLINE
-    ask = functools.partial(within, None)  # a download takes its time, and its retries end by themselves
-    if streaming:
-        waiting = f"the Hub does not answer: trying for {PATIENCE:g} seconds"
-        ask = functools.partial(within, PATIENCE, slow=functools.cache(lambda: say(waiting)))  # once
+    ask = functools.partial(within, PATIENCE if limited else 24 * 3600)  # a whole download takes its time
     try:
-        splits = ask(functools.partial(datasets.load_dataset, name, streaming=streaming))
+        splits = ask(functools.partial(datasets.load_dataset, name, streaming=limited))
     except Exception as error:  # datasets raises many kinds
-        reason = "no answer from the Hub and no earlier download" if hub.HF_HUB_OFFLINE else first_line(error)
-        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {reason}") from error
-    if "train" not in splits:
-        raise UserError(f"the dataset {name!r} must have a split 'train'; it has {', '.join(splits)}")
+        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {first_line(error)}") from error
 
-    def rows(split: str) -> Iterator[dict]:
-        batches = splits[split].iter(batch_size=1000)
-        while batch := ask(next, batches, None):
-            yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+    def read(split: str) -> Iterator[dict]:
+        rows = iter(splits[split])
+        while group := ask(list, itertools.islice(rows, 1000)):
+            yield from group
 
-    return {split: {f"the dataset {name!r}": functools.partial(rows, split if split in part else part[0])}
-            for split, part in by_split(splits).items()}
+    return {split: {f"the dataset {name!r}, split {part}": functools.partial(read, part) for part in parts}
+            for split, parts in by_split(splits).items()}
 
 
-def open_dataset(name: str, limited: bool) -> dict[str, Callable[[], Iterator[str]]]:
+def open_dataset(name: str, limited: bool) -> dict[str, Callable]:
     """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
     without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     if files := locate(name):
-        sources = {}
-        for split, paths in files.items():  # however often they are read, what separates them is said once
-            find = functools.cache(functools.partial(find_separator, alone=len(paths) == 1))
-            sources[split] = {str(path): functools.partial(read_rows, path, find) for path in paths}
+        splits = {split: {str(path): functools.partial(read_rows, path, len(paths) == 1) for path in paths}
+                  for split, paths in files.items()}
     else:
-        sources = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
-    return {split: functools.partial(read_texts, source) for split, source in sources.items()}
+        splits = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
+    return {split: functools.partial(read_texts, sources) for split, sources in splits.items()}
 
 
-def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple[Callable, Callable]:
+def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple:
     """Returns two functions that start an iteration over the training and the validation stories.
 
     Without a validation split, the last 5 % of the stories (at least one) are held out, or of the only one. A
     training story that is also a validation story, word for word, is left out.
     """
-    whole = splits["train"]
+    whole, first = splits["train"], None
     if "validation" not in splits:
-        n_stories = sum(1 for _ in progress(whole(), None, "counting stories", "stories"))
+        n_stories = sum(1 for _ in progress(whole(), None, "counting stories"))
         if n_stories == 1:
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
             text = next(whole())
-            half, most = len(text) // 2, len(text) * 95 // 100
-            end = text.rfind("\n", half, most) + 1 or text.rfind(". ", half, most) + 1
+            end = len(text) * 95 // 100
             n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
-        first = max(0, n_stories - max(1, round(0.05 * n_stories)))
-        splits = {"train": lambda: itertools.islice(whole(), first),
-                  "validation": lambda: itertools.islice(whole(), first, None)}
-
-    def validation() -> Iterator[str]:
-        return itertools.islice(splits["validation"](), max_val_stories)
+        first = n_stories * 95 // 100
 
     def training() -> Iterator[str]:
-        unseen = (story for story in splits["train"]() if hash(story) not in seen)
+        unseen = (story for story in itertools.islice(whole(), first) if hash(story) not in seen)
         return itertools.islice(unseen, max_stories)
+
+    def validation() -> Iterator[str]:
+        held_out = itertools.islice(splits.get("validation", whole)(), first, None)
+        return itertools.islice(held_out, max_val_stories)
 
     seen = set(map(hash, validation()))
     return training, validation
@@ -285,13 +243,13 @@ class BPETokenizer:
     def gpt2(cls, data_dir: str | Path) -> "BPETokenizer":
         """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network.
 
-        Raises TokenizerUnavailable.
+        Raises UserError.
         """
         cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         try:
             encoding = within(20, tiktoken.get_encoding, "gpt2")  # tiktoken itself has no timeout
         except (OSError, ValueError) as error:
-            raise TokenizerUnavailable(
+            raise UserError(
                 f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({first_line(error)}); "
                 "use training.tokenizer_type=bpe, or copy tiktoken's two cache files there") from error
         return cls([encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)], "gpt2")
@@ -301,35 +259,36 @@ class BPETokenizer:
         """Returns a tokenizer of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
 
         Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest
-        pair of byte strings. Counts are kept per distinct word and changed only where a merge applies.
+        pair of byte strings. Words are kept as the hexadecimal numbers of their tokens, "6f6e 63 65", and
+        counted once; counts change only where a merge applies.
         """
         split = regex.compile(cls.PATTERN).findall
-        longest = 256  # characters of a word that merges are learned from, which are quadratic in them
-        word_counts = Counter(word[:longest] for story in stories for word in split(story))
-        words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in word_counts]
+        word_counts = Counter(word[:256] for story in stories for word in split(story))  # long ones are slow
+        words = [word.encode().hex(" ") for word in word_counts]
         counts = list(word_counts.values())
 
         pair_counts, words_with = Counter(), defaultdict(set)
 
         def add(i: int, sign: int) -> None:
-            for pair in itertools.pairwise(words[i]):
+            for pair in itertools.pairwise(words[i].split()):
                 pair_counts[pair] += sign * counts[i]
                 words_with[pair].add(i)
 
         for i in range(len(words)):
             add(i, 1)
-        tokens = {bytes([b]): None for b in range(256)}  # an ordered set
-        for _ in progress(range(256, vocab_size - 1), None, "training the tokenizer", "tokens"):
+        tokens = {f"{b:02x}": None for b in range(256)}  # an ordered set
+        for _ in progress(range(256, vocab_size - 1), None, "learning tokens"):
             highest = max(pair_counts.values(), default=0)
-            if highest == 0:
+            if not highest:
                 break
             best = max(pair for pair, count in pair_counts.items() if count == highest)
-            tokens[best[0] + best[1]] = None
+            token, occurrence = "".join(best), re.compile(r"\b{} {}\b".format(*best))
+            tokens[token] = None
             for i in words_with.pop(best):
                 add(i, -1)
-                _merge(words[i], best)
+                words[i] = occurrence.sub(token, words[i])
                 add(i, 1)
-        return cls(list(tokens))
+        return cls(list(map(bytes.fromhex, tokens)))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
@@ -343,9 +302,9 @@ class BPETokenizer:
             return np.array([token for piece in pieces for token in self._encoding.encode_ordinary(piece)])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self._encoding.decode([int(t) for t in tokens])
+        return self._encoding.decode(list(map(int, tokens)))
 
-    def decoder(self) -> Callable[[int | None], str]:
+    def decoder(self) -> Callable:
         """Returns a function that turns tokens into text as they come, characters whole; None ends it."""
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         token_bytes = self._encoding.decode_single_token_bytes
@@ -371,9 +330,10 @@ class CharTokenizer(BPETokenizer):
 
     @classmethod
     def train(cls, stories: Iterable[str]) -> "CharTokenizer":
-        """Returns the tokenizer of the characters in `stories`, in code-point order."""
-        characters = sorted(set(itertools.chain.from_iterable(stories)) - {UNKNOWN})
-        return cls("".join(characters).encode("utf-8", "ignore").decode())
+        """Returns the tokenizer of the characters in `stories`, of as many as a stream can have tokens."""
+        counts = Counter(itertools.chain.from_iterable(stories))
+        del counts[UNKNOWN]
+        return cls("".join(sorted(dict(counts.most_common(2**16 - 2)))))
 
     def encode_array(self, text: str) -> np.ndarray:
         return super().encode_array(self._unknown.sub(UNKNOWN, text))
@@ -383,15 +343,6 @@ class CharTokenizer(BPETokenizer):
 
     def spec(self) -> dict:
         return {"type": "char", "characters": self.characters}
-
-
-def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> None:
-    """Merges the pair in the word, from the left, wherever it occurs."""
-    i = 0
-    while i < len(word) - 1:
-        if (word[i], word[i + 1]) == pair:
-            word[i:i + 2] = [pair[0] + pair[1]]
-        i += 1
 
 
 def tokenizer_from_spec(spec: dict) -> BPETokenizer:
@@ -409,46 +360,40 @@ class Stream:
     tokens: np.ndarray  # (N,) uint16, a copy-on-write memmap
     info: dict  # dataset, split, stories, tokens, bytes (UTF-8), sha256 (of the tokens), tokenizer (hash)
 
-    def head(self, limit: int | None, tokenizer) -> tuple[np.ndarray, int]:
+    def head(self, limit: int | None, tokenizer) -> tuple:
         """Returns the first `limit` tokens, up to the end of a story if one ends, and their text's bytes."""
-        ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id)
-        tokens = np.array(self.tokens[:ends[-1] + 1 if len(ends) else limit])
-        return tokens, len(tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode())
+        ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id) + 1
+        tokens = np.array(self.tokens[:max(ends, default=limit)])
+        return tokens, len(tokenizer.decode(tokens).encode()) - len(ends) * len(END_OF_TEXT)
 
 
-def encode_stories(stories: Iterable[str], tokenizer, write: Callable[[np.ndarray], object]) -> dict:
+def encode_stories(stories: Iterable[str], tokenizer, write: Callable) -> dict:
     """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as
     uint16 arrays. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
-    def encode(batch: list[str]) -> np.ndarray:
-        parts = [part for story in batch for part in (tokenizer.encode_array(story), [tokenizer.eot_id])]
-        return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+    def encode(story: str) -> np.ndarray:
+        return np.append(tokenizer.encode_array(story), tokenizer.eot_id).astype(np.uint16)
 
     stories, digest, counts = iter(stories), hashlib.sha256(), Counter(stories=0, tokens=0, bytes=0)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with ThreadPool() as pool:
         while group := list(itertools.islice(stories, 4096)):
-            batches = [group[i:i + 64] for i in range(0, len(group), 64)]
-            tokens = np.concatenate(list(pool.map(encode, batches)))
+            tokens = np.concatenate(pool.map(encode, group, 64))
             write(tokens)
             digest.update(tokens)
-            n_bytes = sum(len(story.encode("utf-8", "replace")) for story in group)
+            n_bytes = sum(len(story.encode()) for story in group)
             counts.update(stories=len(group), tokens=len(tokens), bytes=n_bytes)
     return {**counts, "sha256": digest.hexdigest()}
 
 
-def make_tokenizer(request: dict, data_dir: Path, stories: Callable[[], Iterator[str]]):
+def make_tokenizer(request: dict, data_dir: Path, stories: Callable):
     """Returns the tokenizer that a request names, trained on the stories if need be. Raises UserError."""
     kind = request["tokenizer_type"]
     if kind == "gpt2":
         return BPETokenizer.gpt2(data_dir)
-    shown = progress(stories(), request["max_stories"], "training the tokenizer", "stories")
-    if kind == "bpe":
-        return BPETokenizer.train(shown, request["bpe_vocab_size"])
-    tokenizer = CharTokenizer.train(shown)
-    if tokenizer.vocab_size > 2**16:
-        raise UserError(f"the char tokenizer would have {tokenizer.vocab_size:,} tokens, a stream can have "
-                        f"{2**16:,}; use training.tokenizer_type=bpe")
-    return tokenizer
+    shown = progress(stories(), request["max_stories"], "reading stories for the tokenizer")
+    if kind == "char":
+        return CharTokenizer.train(shown)
+    return BPETokenizer.train(shown, request["bpe_vocab_size"])
 
 
 def build_streams(stem: Path, dataset: str, request: dict) -> None:
@@ -460,34 +405,28 @@ def build_streams(stem: Path, dataset: str, request: dict) -> None:
     description = {"request": request, "tokenizer": spec}
     for split, begin, limit in zip(SPLITS, stories, limits):
         with atomic_write(Path(f"{stem}-{split}.bin")) as file:
-            shown = progress(begin(), limit, f"tokenizing {split}", "stories")
+            shown = progress(begin(), limit, f"tokenizing {split} stories")
             counts = encode_stories(shown, tokenizer, file.write)
             if not counts["stories"]:
                 raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs "
                                 f"at least two different ones, with a line {END_OF_TEXT} between them")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
-    description["content"] = content(description)
     with atomic_write(Path(f"{stem}.json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
 
 
-def find_streams(folder: Path, dataset: str | None = None, **wanted) -> tuple | None:
+def find_streams(folder: Path, wanted: dict | list) -> tuple | None:
     """Returns (tokenizer, train stream, validation stream) of the first whole streams in the folder whose
-    description has the wanted request or content, or None. `dataset` is what they are called now.
+    request or content is the `wanted` one, or None.
     """
-    for path in sorted(folder.glob("*-train.bin")):
+    for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stem, streams = str(path).removesuffix("-train.bin"), []
-            description = json.loads(Path(stem + ".json").read_text())
-            whole = description.pop("sha256") == json_hash(description)
-            if whole and all(description[key] == value for key, value in wanted.items()):
-                for split in SPLITS:
-                    path, info = Path(f"{stem}-{split}.bin"), description[split]
-                    streams.append(Stream(np.memmap(path, np.uint16, "c"), info))
-                    info["dataset"] = dataset or info["dataset"]
-                    whole = whole and file_hash(path) == info["sha256"]
-                if whole:
-                    return tokenizer_from_spec(description["tokenizer"]), *streams
+            found, stem = json.loads(path.read_text()), path.with_suffix("")
+            if found.pop("sha256") == json_hash(found) and wanted in (found["request"], content(found)):
+                streams = [Stream(np.memmap(f"{stem}-{split}.bin", np.uint16, "c"), found[split])
+                           for split in SPLITS]
+                if content(found) == [hashlib.sha256(stream.tokens).hexdigest() for stream in streams]:
+                    return tokenizer_from_spec(found["tokenizer"]), *streams
     return None
 
 
@@ -506,65 +445,46 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
     dataset, kind = config.data.dataset, config.training.tokenizer_type
     if dataset == "auto" and checkpoint:
         dataset, kind = checkpoint["dataset"]["train"]["dataset"], checkpoint["tokenizer"]["type"]
-    if dataset != "auto":
-        try:
-            return prepare_streams(config, dataset, kind)
-        except UserError as error:
-            if not checkpoint or not (found := find_streams(
-                    Path(config.data.data_dir), content=content(checkpoint["dataset"]))):
-                raise
-            say(f"{error}: its streams in {config.data.data_dir} serve")
-            return found
     try:
-        return prepare_streams(config, "tinystories", kind)
-    except DatasetUnavailable as error:
-        reason = str(error)
+        return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind)
+    except UserError as error:
+        folder, reason = Path(config.data.data_dir), str(error)
+        if checkpoint and (found := find_streams(folder, content(checkpoint["dataset"]))):
+            say(f"{error}: its streams in {folder} serve")
+            return found
+        if dataset != "auto" or not isinstance(error, DatasetUnavailable):
+            raise
     try:
         prepared = prepare_streams(config, "sample", kind)
-    except TokenizerUnavailable as error:
+    except UserError as error:
         prepared, reason = prepare_streams(config, "sample", "bpe"), f"{reason}; {error}"
     rule = "!" * 100
-    print(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the "
-          f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too "
-          f"few to learn well from.\n{rule}", file=sys.stderr)
+    say(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the "
+        f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too "
+        f"few to learn well from.\n{rule}")
     return prepared
 
 
 def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     """`prepare` for a dataset and a type of tokenizer that are what they say. What is there is only read."""
     data, folder, files = config.data, Path(config.data.data_dir), locate(dataset)
-    try:  # wherever its files lie
-        source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
-    except OSError as error:
-        raise UserError(f"cannot read {dataset}: {first_line(error)}") from error
-    request = {"dataset": source or dataset, "max_stories": data.max_stories,
+    source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
+    request = {"dataset": source or dataset, "max_stories": data.max_stories,  # wherever its files lie
                "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
     if kind == "bpe":
         request["bpe_vocab_size"] = config.training.bpe_vocab_size
-    if found := find_streams(folder, dataset, request=request):
-        return found
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    lock, owner = filelock.FileLock(folder / ".lock"), ""
-    try:
-        lock.acquire(timeout=5 * PATIENCE)  # several processes may prepare the same streams
-    except (OSError, NotImplementedError) as error:
-        owner = f"-{os.getpid()}"
-        say(f"going on without the lock {folder / '.lock'}, which cannot be had: {first_line(error)}")
-    try:
-        if not (found := find_streams(folder, dataset, request=request)):
-            build_streams(folder / f"{name}-{json_hash(request)}{owner}-{kind}", dataset, request)
-            found = find_streams(folder, dataset, request=request)
-        return found
-    finally:
-        lock.release()
+    if not (found := find_streams(folder, request)):
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
+        build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request)
+        found = find_streams(folder, request)
+    for stream in found[1:]:
+        stream.info["dataset"] = dataset  # what they are called now
+    return found
 
 
 # ---------------------------------------------------------------- batches
 
+@dataclass
 class Batches:
     """Training batches as a pure function of (seed, step), so that resuming needs only the step.
 
@@ -572,49 +492,51 @@ class Batches:
     Of the `world` processes that share a batch, each has its own part of the windows.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int,
-                 device: torch.device | str = "cpu", rank: int = 0, world: int = 1):
-        if len(tokens) <= seq_len:
-            raise UserError(f"the training stories have {len(tokens):,} tokens, fewer than one window of "
+    tokens: np.ndarray  # (N,) uint16
+    batch_size: int
+    seq_len: int
+    seed: int
+    device: torch.device | str = "cpu"
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        n_tokens, seq_len = len(self.tokens), self.seq_len
+        if n_tokens <= seq_len:
+            raise UserError(f"the training stories have {n_tokens:,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
-        self.n_tokens, self.batch_size, self.seq_len, self.seed = len(tokens), batch_size, seq_len, seed
-        self.rank, self.world = rank, world
-        self.windows_per_epoch = max(1, (len(tokens) - seq_len) // seq_len)
-        self.stream = torch.from_numpy(tokens.view(np.int16)).to(device)  # torch lacks operators for uint16
-        self._starts = {}
+        self.windows_per_epoch = max(1, n_tokens // seq_len - 1)
+        stream = torch.from_numpy(self.tokens.view(np.int16)).to(self.device)  # torch has little for uint16
+        self.windows = stream.unfold(0, seq_len + 1, 1)  # (N - T, T + 1), without a copy
+        self._epoch_starts = functools.lru_cache(2)(self._epoch_starts)
 
     def epoch(self, step: int) -> float:
         """Returns the number of passes over the data before step `step`."""
         return step * self.batch_size / self.windows_per_epoch
 
-    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, step: int) -> tuple:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
         starts = torch.from_numpy(self.starts(step)[self.rank::self.world])
-        starts = starts.to(self.stream.device, non_blocking=True)
-        positions = starts[:, None] + torch.arange(self.seq_len + 1, device=starts.device)
-        windows = self.stream[positions].long() & 0xFFFF  # as uint16 again
+        starts = starts.to(self.windows.device, non_blocking=True)
+        windows = self.windows[starts].long() & 0xFFFF  # as uint16 again
         return windows[:, :-1], windows[:, 1:]
 
     def starts(self, step: int) -> np.ndarray:
         """Returns the (B,) positions in the stream at which the sequences of step `step` begin."""
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, position = np.divmod(index, self.windows_per_epoch)
-        return np.array([self._epoch_starts(e)[p] for e, p in zip(epochs.tolist(), position.tolist())])
+        first, n = step * self.batch_size, self.windows_per_epoch
+        return np.array([self._epoch_starts(i // n)[i % n] for i in range(first, first + self.batch_size)])
 
     def _epoch_starts(self, epoch: int) -> np.ndarray:
-        if epoch not in self._starts:
-            rng = np.random.default_rng([self.seed, epoch])
-            spare = self.n_tokens - self.windows_per_epoch * self.seq_len
-            offset = rng.integers(min(self.seq_len, spare))
-            self._starts = {epoch: offset + self.seq_len * rng.permutation(self.windows_per_epoch)}
-        return self._starts[epoch]
+        rng = np.random.default_rng([self.seed, epoch])
+        offset = rng.integers(min(self.seq_len, len(self.tokens) - self.windows_per_epoch * self.seq_len))
+        return offset + self.seq_len * rng.permutation(self.windows_per_epoch)
 
 
 def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
     """Returns the (start, end) of every story, (W, 2), end-of-text included; or of pieces of `seq_len`."""
-    ends = np.union1d(np.flatnonzero(tokens == eot_id) + 1, len(tokens)).tolist()
-    return np.array([(first, min(first + seq_len, end))
-                     for start, end in zip([0, *ends], ends) for first in range(start, end, seq_len)])
+    ends = [0, *(np.flatnonzero(tokens[:-1] == eot_id) + 1).tolist(), len(tokens)]
+    return np.array([(first, min(first + seq_len, end)) for start, end in itertools.pairwise(ends)
+                     for first in range(start, end, seq_len)])
 
 
 # ---------------------------------------------------------------- files
@@ -626,7 +548,7 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
     `size` is the whole size in bytes, where it is known, for the message where the disk is full. The old file
     becomes `keep`, if given. Raises UserError.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # its own, if two write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -650,21 +572,8 @@ def write_error(path: Path, error: OSError, size: int = 1) -> UserError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {error.strerror or error}")
     free = shutil.disk_usage(path.parent).free / 1e6
-    return UserError(f"cannot write {path}: {error.strerror}; about {math.ceil(size / 1e5) / 10} MB are "
+    return UserError(f"cannot write {path}: {error.strerror}; about {size / 1e6 + 0.05:.1f} MB are "
                      f"needed and {free:.1f} MB are free; make space and run the same command again")
-
-
-def append_line(path: Path, line: str) -> int:
-    """Appends a line to a file, safely on disk; returns the file's length in bytes. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def file_hash(path: Path) -> str:
@@ -686,24 +595,24 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def progress(iterable: Iterable, total: int | None, description: str, unit: str) -> tqdm:
+say_once = functools.cache(say)  # while the process lives
+
+
+def progress(iterable: Iterable, total: int | None, description: str) -> tqdm:
     """A progress bar on standard error, for what takes over a second; a line now and then in a log file."""
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(iterable, description, total, unit=f" {unit}", delay=1, mininterval=interval)
+    return tqdm(iterable, description, total, unit="", delay=1, mininterval=interval)
 
 
 # ---------------------------------------------------------------- command line
 
 def main() -> None:
-    parser = ArgumentParser("Prepares the stories that train.py would use, and describes them.")
-    settings, _ = parser.configure(config)
-    tokenizer, train, validation = prepare(settings)
-    for stream in (train, validation):
-        info = stream.info
-        print(f"{info['dataset']}, {info['split']}: {info['stories']:,} stories, {info['tokens']:,} tokens, "
-              f"{info['bytes']:,} bytes, {info['bytes'] / info['tokens']:.2f} bytes per token")
-    beginning = tokenizer.decode(train.tokens[:settings.model.max_seq_len])
-    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens\n\n{beginning} ...")
+    settings, _ = ArgumentParser("Prepares the stories that train.py would use.").configure(config)
+    tokenizer, *streams = prepare(settings)
+    for stream in streams:
+        sizes = "{dataset}, {split}: {stories:,} stories, {tokens:,} tokens, {bytes:,} bytes"
+        print(sizes.format(**stream.info))
+    print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Strea
     """
     config, above = Config.of(checkpoint["config"]), [Path(), *Path(path).absolute().parents]
     for folder in (*(place / config.data.data_dir for place in above), SAMPLE.parent):
-        if found := find_streams(folder, content=content(checkpoint["dataset"])):
+        if found := find_streams(folder, content(checkpoint["dataset"])):
             return found[1:]
     config.data.dataset = str(found_in(above, config.data.dataset))
     try:
@@ -185,7 +185,7 @@ def read_stream(name: str, tokenizer) -> Stream:
     """Returns the stories of any dataset as a stream: its validation split if it has one, else all."""
     splits, chunks = open_dataset(name, limited=True), []
     split = "validation" if "validation" in splits else "train"
-    stories = progress(splits[split](), None, "tokenizing", "stories")
+    stories = progress(splits[split](), None, "tokenizing stories")
     counts = encode_stories(stories, tokenizer, chunks.append)
     if not counts["stories"]:
         raise UserError(f"the dataset {name!r} has no stories")
@@ -216,7 +216,7 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     """
     tokens, eot_id = stream.tokens, tokenizer.eot_id
     losses, hits = evaluate(model, tokens, eot_id, BATCH_SIZE, contextlib.nullcontext,
-                            lambda batches: progress(batches, len(batches), "loss", "batches"))
+                            lambda batches: progress(batches, len(batches), "loss, in batches"))
     losses = losses.astype(np.float64)
     starts, ends = story_windows(tokens, eot_id, len(tokens)).T
     story_losses, lengths, n_stories = np.add.reduceat(losses, starts), ends - starts, len(starts)
@@ -375,7 +375,7 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
     prompts = [[eot_id, *tokenizer.encode(opening(text))] for text in texts]
     limit = min(sampling["max_new_tokens"], max(1, model.config.max_seq_len - max(map(len, prompts))))
     sampling = {**sampling, "max_new_tokens": limit}
-    with progress(None, len(texts) * limit, "generating, at most", "tokens") as bar:
+    with progress(None, len(texts) * limit, "generating tokens, at most") as bar:
         rows = model.generate(prompts, **sampling, eot_id=eot_id, generator=generator,
                               stream=lambda row, token: bar.update())
 
@@ -390,7 +390,7 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
     figures, copies = map(quality_figures, groups), [{}, {}]
     if training:
         stories = story_texts(training.tokens, tokenizer)
-        stories = progress(stories, training.info["stories"], "looking for copies", "stories")
+        stories = progress(stories, training.info["stories"], "looking for copies in stories")
         copies = copy_figures(groups, stories)
     columns = dict(zip(("model", "human"), (a | b for a, b in zip(figures, copies))))
     return {**columns, "stories": len(texts), **sampling, "seed": seed}
@@ -421,7 +421,7 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
     rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id]
             for prompt, ending in texts]
     losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
-                         lambda batches: progress(batches, len(batches), "probes", "batches"))
+                         lambda batches: progress(batches, len(batches), "probes, in batches"))
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
     scores = (-row[len(tokenizer.encode(prompt)):-1].sum(dtype=np.float64) / len(ending.encode())
               for row, (prompt, ending) in zip(losses, texts))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import ArgumentParser, Config, SamplingConfig, TrainingConfig, UserError, config, run_main
-from data import Batches, append_line, atomic_write, first_line, prepare, story_windows, write_error
+from data import Batches, atomic_write, first_line, prepare, story_windows, write_error
 from model import Transformer
 
 CHECKPOINT_FORMAT, READABLE_FORMATS = 3, (2, 3)  # a best_model.pt of format 2 is the same
@@ -442,6 +442,7 @@ class Run:
 
     def __init__(self, config: Config, machine: Machine, fresh: bool = False):
         self.config, self.machine, training = config, machine, config.training
+        began = datetime.now().timestamp()
         self.folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.best = self.folder / "latest.pt", self.folder / "best_model.pt"
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
@@ -462,7 +463,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = State()
         if machine.rank == 0:
-            self.claim_folders(is_new=not checkpoint)
+            self.claim_folders(is_new=not checkpoint, began=began)
         if checkpoint:
             self.restore(checkpoint, path)
 
@@ -476,7 +477,13 @@ class Run:
     def open_data(self, checkpoint: dict | None) -> None:
         """Prepares the streams, training batches and the validation tokens of every evaluation."""
         config, training, machine = self.config, self.config.training, self.machine
-        self.tokenizer, train_stream, val_stream = prepare(config, checkpoint)
+        if machine.rank:
+            from_all_processes(0)  # the first process prepares the streams, and the others find them
+        try:
+            self.tokenizer, train_stream, val_stream = prepare(config, checkpoint)
+        finally:
+            if not machine.rank:
+                from_all_processes(0)
         self.dataset = {"train": train_stream.info, "validation": val_stream.info}
         self.fell_back = config.data.dataset == "auto" and train_stream.info["dataset"] == "sample"
         self.batches = Batches(train_stream.tokens, training.batch_size, config.model.max_seq_len,
@@ -486,15 +493,18 @@ class Run:
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step
         self.val_tokens, self.val_bytes = val_stream.head(limit, self.tokenizer)
 
-    def claim_folders(self, is_new: bool) -> None:
+    def claim_folders(self, is_new: bool, began: float) -> None:
         """Locks the run's folders, moves aside what another run left there, removes what is half written."""
         folders = {self.folder.resolve(), self.log_dir.resolve()}
         self.locks = [lock(folder) for folder in folders]
-        for folder in folders:
-            if is_new:
+        if is_new:
+            for folder in folders:
                 move_aside(folder)
+        for folder in {*folders, Path(self.config.data.data_dir)}:
             for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
+                with contextlib.suppress(OSError):
+                    if leftover.stat().st_mtime < began:  # nobody writes it any more
+                        leftover.unlink()
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Takes over a checkpoint; the settings of the optimizer are those of the config."""
@@ -693,6 +703,19 @@ def metrics_line(run: Run, val_loss: float, grad_norm: float, tokens_per_second:
             "tokens_per_second": round(tokens_per_second, 1),
             "elapsed_seconds": round(state.elapsed_seconds, 2),
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def append_line(path: Path, line: str) -> int:
+    """Appends a line to a file, safely on disk; returns the file's length in bytes. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, Config
-from data import SAMPLE, BPETokenizer, encode_stories, read_stories
+from data import BPETokenizer, encode_stories, open_dataset
 from model import Transformer
 from train import (
     Machine, Objective, average_weights, choose_device, choose_precision, keep_freed_memory, make_optimizer,
@@ -175,7 +175,7 @@ def generation_speed(name: str, n_prompts: int, repetitions: int) -> dict:
 
 def tokenization_speed(name: str, copies: int) -> dict:
     """MB/s of the bundled stories, `copies` times over, by our streams or datasets.map, same tokenizer."""
-    stories = list(read_stories(SAMPLE)) * copies
+    stories = list(open_dataset("sample", True)["train"]()) * copies
     tokenizer = BPETokenizer.train(stories[:600], 4096)
     megabytes = sum(len(s.encode()) for s in stories) / 1e6
     with tempfile.TemporaryDirectory() as folder:

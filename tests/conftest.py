@@ -5,8 +5,10 @@ of torch. kill_harness.py uses the same parts with a new process for each start.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,14 +81,15 @@ def write_stories(path: Path, stories: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def stories() -> list[str]:
     """The bundled stories."""
-    return list(data.read_stories(data.SAMPLE))
+    return list(data.open_dataset("sample", True)["train"]())
 
 
 def tiny_config(folder: Path, **settings) -> Config:
     """A run in `folder` that takes a fraction of a second; `model__d_model=8` sets model.d_model."""
     dataset = folder / "stories.txt"
     if not dataset.exists():
-        write_stories(dataset, [story[:200].strip() for story in list(data.read_stories(data.SAMPLE))[:60]])
+        whole = itertools.islice(data.open_dataset("sample", True)["train"](), 60)
+        write_stories(dataset, [story[:200].strip() for story in whole])
     made = Config()
     folders = {"data.dataset": dataset, "data.data_dir": folder / "data",
                "training.checkpoint_dir": folder / "checkpoints", "training.log_dir": folder / "logs"}
@@ -266,7 +269,7 @@ def kill_at(moment: str, occurrence: int) -> None:
 
     def torn_open(path, mode="r", *args, **kwargs):
         file = open(path, mode, *args, **kwargs)
-        is_now = mode in ("wb", "ab") and reached(f"write {Path(path).name.removesuffix('.tmp')}")
+        is_now = mode in ("wb", "ab") and reached(f"write {written(path)}")
         return Torn(file) if is_now else file
 
     def replace(old, new, replace=os.replace):
@@ -282,6 +285,11 @@ def kill_at(moment: str, occurrence: int) -> None:
     data.open = train.open = torn_open
     os.replace = replace
     train.Run.save_latest = save_latest
+
+
+def written(path: str | Path) -> str:
+    """The name that a file will have when it is whole."""
+    return re.sub(r"\.[0-9a-f]{8}\.tmp$", "", Path(path).name)
 
 
 # ---------------------------------------------------------------- how runs are compared

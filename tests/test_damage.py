@@ -17,6 +17,7 @@ import torch
 from conftest import (
     before_step, differences, exit_code, forked, go, metrics, opened, snapshot, stop_after, tiny_config)
 
+import data
 import train
 from config import UserError, run_main
 from data import prepare
@@ -112,8 +113,9 @@ def test_without_a_usable_checkpoint_nothing_is_overwritten_and_fresh_starts_ane
 
 @needs_dev_full
 @pytest.mark.parametrize(
-    "name", ["checkpoints/latest.pt.tmp", "checkpoints/best_model.pt.tmp", "logs/metrics.jsonl"])
-def test_a_full_disk_while_training(halfway, reference, capsys, name):
+    "name", ["checkpoints/latest.pt.7.tmp", "checkpoints/best_model.pt.7.tmp", "logs/metrics.jsonl"])
+def test_a_full_disk_while_training(halfway, reference, capsys, monkeypatch, name):
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "7")
     folder, config = halfway
     with opened(config) as run, pytest.raises(SystemExit) as ended:
         if (folder / name).exists():
@@ -124,7 +126,7 @@ def test_a_full_disk_while_training(halfway, reference, capsys, name):
         run_main(lambda: train.train(run, time.monotonic()))
     error = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2
-    path = folder / name.removesuffix(".tmp")
+    path = folder / name.removesuffix(".7.tmp")
     full = f"error: cannot write {path}: No space left on device; about 0.1 MB are needed and "
     assert error.startswith(full)
     assert error.endswith("are free; make space and run the same command again") and "Traceback" not in error
@@ -156,7 +158,8 @@ def test_no_space_for_the_whole_checkpoint(halfway, reference, capfd, share):
 
 
 @needs_dev_full
-def test_a_full_disk_while_the_stream_is_written(tmp_path):
+def test_a_full_disk_while_the_stream_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "7")
     config = tiny_config(tmp_path, data__max_stories=20)
     tokens = prepare(config)[1].tokens.copy()
     before = snapshot(tmp_path / "data")
@@ -164,7 +167,7 @@ def test_a_full_disk_while_the_stream_is_written(tmp_path):
     prepare(config)
     stream, = (tmp_path / "elsewhere").glob("*-train.bin")  # what the next one will be called, too
     config.data.data_dir, stream = str(tmp_path / "data"), tmp_path / "data" / stream.name
-    temporary = stream.with_name(stream.name + ".tmp")
+    temporary = stream.with_name(stream.name + ".7.tmp")
     temporary.symlink_to("/dev/full")
     full = f"cannot write {stream}: No space left on device; about .* make space"
     with pytest.raises(UserError, match=full):

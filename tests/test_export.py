@@ -14,7 +14,7 @@ from conftest import ROOT, make_model
 
 import eval as evaluation
 from config import SamplingConfig, UserError
-from data import END_OF_TEXT, BPETokenizer, CharTokenizer, Stream, encode_stories, read_stories
+from data import END_OF_TEXT, BPETokenizer, CharTokenizer, Stream, encode_stories, open_dataset
 from eval import bpe_vocabulary, export, loss_figures
 from model import Transformer
 
@@ -35,7 +35,7 @@ def small_model(vocab_size: int, head_dim: int = 32, context: int = 64) -> Trans
 
 def real_stories() -> list[str]:
     path = SHARED / "tinystories" / "valid.txt"
-    return list(read_stories(path)) if path.exists() else STORIES
+    return list(open_dataset(str(path), True)["train"]()) if path.exists() else STORIES
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def test_characters_that_the_output_cannot_encode_are_replaced(tmp_path, script)
     config = tiny_config(tmp_path, training__max_steps=4)
     path = tmp_path / "stories.txt"
     path.write_text(path.read_text().replace("a", "\u65e5"), encoding="utf-8")
+    config.data.dataset = str(path.rename(tmp_path / "\u65e5.txt"))
     narrow = os.environ | {"PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, ROOT / script, *command_line(config)], capture_output=True,
                            env=narrow, timeout=60)
