@@ -39,7 +39,6 @@ END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-PATIENCE = 120  # seconds to wait for an answer of the Hub
 
 SEPARATORS = (  # of stories, the likelier first
     rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$",  # a line; the first may have a byte-order mark
@@ -160,24 +159,18 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
 
     for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
         logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1  # of a read, which tries six times itself
     try:
         within(6, requests.head, hub.ENDPOINT)
-        say(f"reading {name} from {hub.ENDPOINT}, which gets {PATIENCE:g} seconds for each answer")
+        say(f"reading {name} from {hub.ENDPOINT}, for at most about two minutes without an answer")
     except (OSError, ValueError):  # no answer, or not an address at all
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
-    ask = functools.partial(within, PATIENCE if limited else 24 * 3600)  # a whole download takes its time
     try:
-        splits = ask(functools.partial(datasets.load_dataset, name, streaming=limited))
+        splits = datasets.load_dataset(name, streaming=limited)
     except Exception as error:  # datasets raises many kinds
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {first_line(error)}") from error
-
-    def read(split: str) -> Iterator[dict]:
-        rows = iter(splits[split])
-        while group := ask(list, itertools.islice(rows, 1000)):
-            yield from group
-
-    return {split: {f"the dataset {name!r}, split {part}": functools.partial(read, part) for part in parts}
-            for split, parts in by_split(splits).items()}
+    return {split: {f"the dataset {name!r}, split {part}": functools.partial(iter, splits[part])
+                    for part in parts} for split, parts in by_split(splits).items()}
 
 
 def open_dataset(name: str, limited: bool) -> dict[str, Callable]:
