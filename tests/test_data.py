@@ -149,6 +149,13 @@ def test_any_character_can_be_a_token():
     assert CharTokenizer.train([]).encode("x") == [0]
 
 
+def test_more_characters_than_a_stream_can_have_tokens_leave_the_rare_ones_unknown():
+    text = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
+    tokenizer = CharTokenizer.train([text, text[-9:]])
+    assert tokenizer.vocab_size == 2**16 and tokenizer.unknown(text[-9:]) == []
+    assert len(tokenizer.unknown(text)) == 70_000 - (2**16 - 2)
+
+
 def test_char_is_lossless_on_its_stories_and_names_what_it_does_not_know(stories):
     tokenizer = CharTokenizer.train(stories)
     round_trips(tokenizer, stories)

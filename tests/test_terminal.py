@@ -52,6 +52,15 @@ def test_characters_that_the_output_cannot_encode_are_replaced(tmp_path, script)
     assert ended.returncode == 0 and b"?" in ended.stdout, ended.stderr
 
 
+def test_a_file_that_the_system_refuses_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: open(tmp_path / "nowhere" / "s.txt"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/nowhere/s.txt: No such file or directory\n"
+    with pytest.raises(OSError, match="a bug"):
+        run_main(lambda: exec("raise OSError('a bug')"))
+
+
 def test_a_notebook_has_other_arguments_and_other_streams(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "/tmp/kernel-1.json"])
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a kernel's: it has no reconfigure
