@@ -442,7 +442,6 @@ class Run:
 
     def __init__(self, config: Config, machine: Machine, fresh: bool = False):
         self.config, self.machine, training = config, machine, config.training
-        began = datetime.now().timestamp()
         self.folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.best = self.folder / "latest.pt", self.folder / "best_model.pt"
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
@@ -463,7 +462,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = State()
         if machine.rank == 0:
-            self.claim_folders(is_new=not checkpoint, began=began)
+            self.claim_folders(is_new=not checkpoint)
         if checkpoint:
             self.restore(checkpoint, path)
 
@@ -493,7 +492,7 @@ class Run:
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step
         self.val_tokens, self.val_bytes = val_stream.head(limit, self.tokenizer)
 
-    def claim_folders(self, is_new: bool, began: float) -> None:
+    def claim_folders(self, is_new: bool) -> None:
         """Locks the run's folders, moves aside what another run left there, removes what is half written."""
         folders = {self.folder.resolve(), self.log_dir.resolve()}
         self.locks = [lock(folder) for folder in folders]
@@ -503,7 +502,8 @@ class Run:
         for folder in {*folders, Path(self.config.data.data_dir)}:
             for leftover in folder.glob("*.tmp"):
                 with contextlib.suppress(OSError):
-                    if leftover.stat().st_mtime < began:  # nobody writes it any more
+                    age = datetime.now().timestamp() - leftover.stat().st_mtime
+                    if folder in folders or age > 600:  # other runs may be preparing their streams
                         leftover.unlink()
 
     def restore(self, checkpoint: dict, path: Path) -> None:

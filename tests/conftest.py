@@ -324,8 +324,10 @@ def contents(path: Path) -> dict:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """In what a finished run differs from another, times aside; leftovers included."""
-    found = [f"leftover {p}" for p in folder.rglob("*.tmp")]
+    """In what a finished run differs from another, times aside; leftovers included, but those of streams,
+    which another run may be writing.
+    """
+    found = [f"leftover {p}" for p in folder.rglob("*.tmp") if p.parent.name != "data"]
     if metrics(folder) != metrics(reference):
         found.append("metrics.jsonl")
     for name in ("latest.pt", "best_model.pt"):

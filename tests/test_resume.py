@@ -62,9 +62,14 @@ def test_evaluation_does_not_change_the_weights(reference, tmp_path):
 
 def test_a_finished_run_stays_as_it_is_and_leftovers_are_removed(reference):
     before = snapshot(reference / "checkpoints")
-    (reference / "checkpoints" / "best_model.pt.tmp").write_bytes(b"half")
+    old, new = reference / "data" / "a.bin.00000000.tmp", reference / "data" / "b.bin.00000000.tmp"
+    for path in (reference / "checkpoints" / "best_model.pt.tmp", old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
     assert go(tiny_config(reference)).code == 0
     assert snapshot(reference / "checkpoints") == before
+    assert new.exists() and not old.exists()  # another run may be writing the new one
+    new.unlink()
 
 
 # ---------------------------------------------------------------- kill -9
