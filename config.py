@@ -230,7 +230,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         wrong = re.match(r"unrecognized arguments: --([\w-]+)", message)
-        known = [*(option.strip("-") for option in self._option_string_actions), *_TYPES]
+        known = [option.strip("-") for option in self._option_string_actions]
+        known += _TYPES if self.epilog else ()
         raise UserError(f"{message}{_suggest(wrong[1], known) if wrong else ''} (--help lists what there is)")
 
     def configure(self, config: Config,

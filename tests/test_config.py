@@ -120,6 +120,12 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, names):
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
 
 
+def test_a_script_without_settings_suggests_none():
+    with pytest.raises(UserError) as error:
+        ArgumentParser("Evaluates.", settings=False).configure(Config(), ["--max_steps=3"])
+    assert "--max_steps" in str(error.value) and "training" not in str(error.value)
+
+
 def test_a_wrong_type_in_config_py_is_reported_with_all_other_problems():
     config = Config()
     config.training.batch_size, config.model.n_layers, config.training.use_amp = "32", 2.0, 1
