@@ -365,7 +365,7 @@ def encode_stories(stories: Iterable[str], tokenizer, write: Callable) -> dict:
     uint16 arrays. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
     def encode(story: str) -> np.ndarray:
-        return np.append(tokenizer.encode_array(story), tokenizer.eot_id).astype(np.uint16)
+        return np.append(tokenizer.encode_array(story).astype(np.uint16), np.uint16(tokenizer.eot_id))
 
     stories, digest, counts = iter(stories), hashlib.sha256(), Counter(stories=0, tokens=0, bytes=0)
     with ThreadPool() as pool:
