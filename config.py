@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -252,35 +253,54 @@ class ArgumentParser(argparse.ArgumentParser):
         return config, options
 
 
-def run_main(main) -> None:
-    """Runs a script's main(); a UserError becomes one line on standard error and exit code 2.
+@contextlib.contextmanager
+def signals_handled(handler: Callable, *names: str) -> Iterator[None]:
+    """Lets `handler` have the signals that this system has of those named, until it is left. Those that are
+    ignored, as SIGHUP under nohup, remain so; off the main thread there are none.
+    """
+    before = {}
+    with contextlib.suppress(ValueError):
+        for number in filter(None, (getattr(signal, name, None) for name in names)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def run_main(main: Callable) -> None:
+    """Runs a script's main(); a UserError, or what the system refuses, becomes one line on standard error and
+    exit code 2.
 
     A closed output is no error, a character that an output cannot encode is replaced, and a signal that ends
     it does so by an exception, which leaves no half-written file.
     """
-    with contextlib.suppress(ValueError):  # off the main thread
-        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-            if number and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if (stream := getattr(sys, name)) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, mode))
         elif hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="replace")
+    code, mistake = 2, None
     try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with signals_handled(lambda number, frame: sys.exit(128 + number), "SIGTERM", "SIGHUP"):
+            code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
-        sys.exit(141)
+        code = 141
+    except UserError as error:
+        mistake = error
     except OSError as error:
-        if not error.filename:
+        if not error.errno:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        mistake = f"{error.filename or 'standard output'}: {error.strerror}"
+    if mistake:
+        with contextlib.suppress(OSError):
+            print(f"error: {mistake}", file=sys.stderr)
+    sys.exit(code)
 
 
 config = Config()

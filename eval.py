@@ -77,7 +77,7 @@ def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
     """Returns a generator on the model's device; without a seed a fresh one, which is printed."""
     if seed is None:
         seed = secrets.randbelow(2**31)
-        print(f"seed {seed}", file=sys.stderr)
+        log(f"seed {seed}")
     return torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
 
 
@@ -121,8 +121,6 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
     """Reads openings and commands from standard input until its end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
     generator = seeded_generator(model, options.seed)
     print(INTERACTIVE_HELP)
     while True:
@@ -548,7 +546,8 @@ def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
 
 def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
     """Draws a run's metrics into {metric: axes}; a star marks the lowest validation loss."""
-    run, label = read_metrics(log_dir), str(log_dir)
+    # matplotlib leaves out names that begin with _, and takes what is between dollars for a formula.
+    run, label = read_metrics(log_dir), " " + os.fsencode(log_dir).decode(errors="replace").replace("$", r"\$")
     steps, losses = run["step"], run["val_loss"]
     style = {"color": colour, "marker": "." if len(steps) < 20 else ""}
     if not np.isnan(losses).all():
@@ -763,11 +762,18 @@ Without one of these: loss, perplexity, bits per byte and accuracy on all valida
 probes, and generated stories beside real ones. Results go to standard output, progress to standard error."""
 
 
+def dataset_name(text: str) -> str:
+    """Returns the name of a dataset as --data has it. Raises UserError where there is none."""
+    name = parse_value("data.dataset", text)
+    locate(name)
+    return name
+
+
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(DESCRIPTION, settings=False)
     parser.add_argument("--checkpoint", metavar="FILE", type=best_model,
                         help="a file, or the folder of a run; default: checkpoints/best_model.pt")
-    parser.add_argument("--data", metavar="NAME", type=lambda name: (locate(name), name)[1],
+    parser.add_argument("--data", metavar="NAME", type=dataset_name,
                         help="evaluate on any file, folder or dataset that train.py takes; default: the "
                         "checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()

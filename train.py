@@ -16,12 +16,11 @@ import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import ArgumentParser, Config, SamplingConfig, TrainingConfig, UserError, config, run_main
+from config import (
+    ArgumentParser, Config, SamplingConfig, TrainingConfig, UserError, config, run_main, signals_handled)
 from data import Batches, atomic_write, first_line, prepare, story_windows, write_error
 from model import Transformer
 
@@ -95,13 +95,16 @@ class Machine:
     """What computes, and how, decided once: processes, device, precision and its reason, compiling."""
 
     def __init__(self, training: TrainingConfig):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world > 1 and "RANK" not in os.environ:
-            raise UserError(f"WORLD_SIZE = {self.world} is set without RANK: unset it, or use torchrun")
+        self.rank, self.world, local_rank = 0, 1, 0
+        if dist.is_torchelastic_launched():
+            self.rank, self.world, local_rank = (
+                int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        elif (world := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+            raise UserError(f"WORLD_SIZE = {world} is set, but not by torchrun: unset it, or use torchrun")
         if training.batch_size % self.world:
             raise UserError(f"training.batch_size = {training.batch_size} must be a multiple of the "
                             f"{self.world} processes")
-        self.device = choose_device(training.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = choose_device(training.device, local_rank)
         self.dtype, self.reason = choose_precision(self.device, training.use_amp)
         is_cuda, has_triton = self.device.type == "cuda", importlib.util.find_spec("triton") is not None
         self.compiles = training.compile == "on" or (training.compile == "auto" and is_cuda and has_triton)
@@ -339,6 +342,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         missing = {"step", "config", "tokenizer", "dataset", "model"} - checkpoint.keys()
         if version in READABLE_FORMATS and missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except PermissionError:  # it may be good
+        raise
     except Exception as error:  # whatever torch makes of a damaged or crafted file
         reason = first_line(error)[:120]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
@@ -388,13 +393,12 @@ def identity(dataset: dict) -> dict:
             for split, info in dataset.items() for key in ("sha256", "tokenizer")}
 
 
-def lock(folder: Path) -> filelock.FileLock:
-    """Returns the lock of a run's folder, held until the process ends. Raises UserError if another has it."""
+def lock(folder: Path) -> contextlib.AbstractContextManager:
+    """Returns the lock of a run's folder, held until it is left. Raises UserError if another has it."""
     owner = folder / ".pid"  # a file of its own: on Windows a locked one cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / ".lock", is_singleton=True)  # a notebook's cell may run again
-        held.acquire(timeout=0)
+        held = filelock.FileLock(folder / ".lock", is_singleton=True).acquire(timeout=0)
         owner.write_text(str(os.getpid()))
         return held
     except filelock.Timeout:
@@ -406,10 +410,10 @@ def lock(folder: Path) -> filelock.FileLock:
 
 def move_aside(folder: Path) -> None:
     """Moves an old run's files into a folder old-DATE inside their own folder."""
-    names = ("*.pt", "metrics.jsonl", "run.json", "training_curves.png")
-    if files := [path for name in names for path in folder.glob(name)]:
-        old = folder / f"old-{datetime.now():%Y%m%d-%H%M%S}"
-        old.mkdir(exist_ok=True)
+    names = ("metrics.jsonl", "run.json", "training_curves.png")
+    if files := [path for path in folder.iterdir() if path.suffix == ".pt" or path.name in names]:
+        old = folder / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        old.mkdir()
         for file in files:
             file.rename(old / file.name)
         log(f"the old run's files are now in {old}")
@@ -442,6 +446,7 @@ class Run:
 
     def __init__(self, config: Config, machine: Machine, fresh: bool = False):
         self.config, self.machine, training = config, machine, config.training
+        self.locks = contextlib.ExitStack()  # of the run's folders, until it is left
         self.folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.best = self.folder / "latest.pt", self.folder / "best_model.pt"
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
@@ -494,8 +499,9 @@ class Run:
 
     def claim_folders(self, is_new: bool) -> None:
         """Locks the run's folders, moves aside what another run left there, removes what is half written."""
-        folders = {self.folder.resolve(), self.log_dir.resolve()}
-        self.locks = [lock(folder) for folder in folders]
+        folders = {Path(os.path.realpath(folder)) for folder in (self.folder, self.log_dir)}
+        for folder in folders:
+            self.locks.enter_context(lock(folder))
         if is_new:
             for folder in folders:
                 move_aside(folder)
@@ -668,7 +674,7 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> float:
     """Evaluates, keeps the model if it is the best so far, writes a metrics line and tells a story. Returns
     the validation loss.
     """
-    state, machine, val_loss, began = run.state, run.machine, 0.0, time.monotonic()
+    state, machine, val_loss, began = run.state, run.machine, 0.0, time.perf_counter()
     if machine.rank == 0:
         losses, _ = evaluate(run.average, run.val_tokens, run.tokenizer.eot_id,
                              run.config.training.batch_size, machine.autocast)
@@ -688,7 +694,7 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> float:
             f"{' (best)' if better else ''}, {line['val_bits_per_byte']:.3f} bits per byte, "
             f"epoch {line['epoch']:.2f}, {tokens_per_second:,.0f} tokens/s\n    {story} ...")
     state.train_loss_sum, state.train_loss_count = 0.0, 0
-    run.evaluation_seconds = time.monotonic() - began
+    run.evaluation_seconds = time.perf_counter() - began
     return val_loss
 
 
@@ -718,31 +724,9 @@ def append_line(path: Path, line: str) -> int:
         raise write_error(path, error) from error
 
 
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGINT, SIGTERM and SIGHUP are appended; a second one stops at once. Signals
-    that are ignored, as SIGHUP under nohup, remain so; off the main thread there are none.
-    """
-    signals, before = [], {}
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    with contextlib.suppress(ValueError):
-        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, on_signal)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(run: Run, started: float) -> int:
     """The loop: a step; then, when due or last, evaluate and save. `started` is when the command began, by
-    time.monotonic(). Returns 0, or 128 + the signal that stopped it.
+    time.perf_counter(). Returns 0, or 128 + the signal that stopped it.
     """
     state, stop = run.state, 0
     if not run.latest.exists():
@@ -752,15 +736,22 @@ def train(run: Run, started: float) -> int:
     loss_sum = torch.tensor(state.train_loss_sum, device=run.machine.device)
     started -= state.elapsed_seconds  # as if one process had made all of the run
     first, saved = state.step + 1, (state.elapsed_seconds, state.step)
-    clock, seconds, line = time.monotonic(), 0.0, state.step  # `seconds` of steps alone, since step `line`
-    with bar, caught_signals() as signals:
+    clock, seconds, line = time.perf_counter(), 0.0, state.step  # `seconds` of steps alone, since step `line`
+    signals = []  # SIGINT, SIGTERM or SIGHUP end the run after the step; a second one at once
+
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    with bar, signals_handled(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
         while not (run.is_over() or stop):
             loss, grad_norm = next_step(run)
             loss_sum += loss
-            state.elapsed_seconds = time.monotonic() - started
+            state.elapsed_seconds = time.perf_counter() - started
 
             # What is due now, the same in all processes. The clock says when progress was last shown.
-            showing = state.step == first or time.monotonic() - clock > (30 if bar.disable else 1)
+            showing = state.step == first or time.perf_counter() - clock > (30 if bar.disable else 1)
             stop, showing, saving = from_all_processes(
                 signals[-1] if signals else 0, showing, run.checkpoint_is_due(*saved)).amax(0).tolist()
             evaluating = run.is_over() or state.step % run.eval_interval == 0
@@ -771,7 +762,7 @@ def train(run: Run, started: float) -> int:
             state.train_loss_sum = from_all_processes(loss_sum.item()).mean().item()
             if not math.isfinite(state.train_loss_sum):
                 raise run.diverged()
-            seconds += time.monotonic() - clock
+            seconds += time.perf_counter() - clock
             tokens_per_second = (state.step - line) * run.tokens_per_step / seconds
             show_progress(run, bar, tokens_per_second)
             if evaluating:
@@ -784,7 +775,7 @@ def train(run: Run, started: float) -> int:
                 saved = state.elapsed_seconds, state.step
             if evaluating or state.step == first:
                 seconds, line = 0.0, state.step
-            clock = time.monotonic()
+            clock = time.perf_counter()
     if not stop:
         return 0
     log(f"stopped after step {state.step:,}, saved in {run.latest}; run the same command again to go on")
@@ -800,7 +791,7 @@ def show_progress(run: Run, bar: tqdm, tokens_per_second: float) -> None:
     steps_per_second = tokens_per_second / run.tokens_per_step
     time_left = max(0, 60 * max_minutes - state.elapsed_seconds)
     left = min(time_left, (run.plan()[1] - state.step) / steps_per_second)  # seconds
-    end = state.step + int(left * steps_per_second)
+    end = state.step + round(left * steps_per_second)
     text = f"loss {state.train_loss:.3f}, {tokens_per_second:,.0f} tokens/s"
     if bar.disable:
         about = "about" if max_minutes < math.inf else "at most"  # it may end by itself
@@ -842,16 +833,17 @@ def describe(run: Run) -> None:
 
 
 def main() -> int:
-    started = time.monotonic() - time.process_time()  # with the imports
+    started = time.perf_counter() - time.process_time()  # with the imports
     keep_freed_memory()
     parser = ArgumentParser("Trains the model; goes on from the last checkpoint if there is one.")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start a new one")
     settings, options = parser.configure(config)
     run = Run(settings, Machine(settings.training), options.fresh)
-    describe(run)
-    if run.state.step:
-        log(f"going on from step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
-    code = train(run, started)
+    with run.locks:
+        describe(run)
+        if run.state.step:
+            log(f"going on from step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
+        code = train(run, started)
     if code == 0 and run.machine.rank == 0:
         best = load_checkpoint(run.best, run.machine.device)
         run.average.load_state_dict(best["model"])

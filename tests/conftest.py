@@ -135,14 +135,14 @@ def opened(config: Config, fresh: bool = False):
     finally:
         train.lock = lock
         for one in held:
-            one.release()
+            one.lock.release()
 
 
 def go(config: Config, fresh: bool = False) -> train.Run:
     """Trains as main() does, from the last checkpoint on; the exit code is in `run.code`."""
     with opened(config, fresh) as run:
         train.describe(run)
-        run.code = train.train(run, time.monotonic())
+        run.code = train.train(run, time.perf_counter())
         return run
 
 
@@ -231,9 +231,9 @@ def forked(work) -> int:
 
 def exit_code(pid: int, seconds: float = 60) -> int:
     """Waits for a process of ours; one that hangs is killed, and -9 comes back."""
-    deadline = time.monotonic() + seconds
+    deadline = time.perf_counter() + seconds
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
+        if time.perf_counter() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(ended[1])

@@ -123,7 +123,7 @@ def test_a_full_disk_while_training(halfway, reference, capsys, monkeypatch, nam
         (folder / name).symlink_to("/dev/full")
         kept = (run.latest, run.folder / "previous.pt")
         before = [p.read_bytes() for p in kept]
-        run_main(lambda: train.train(run, time.monotonic()))
+        run_main(lambda: train.train(run, time.perf_counter()))
     error = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2
     path = folder / name.removesuffix(".7.tmp")
@@ -148,7 +148,7 @@ def test_no_space_for_the_whole_checkpoint(halfway, reference, capfd, share):
         def work():
             most = max(3000, int(share * size))
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-            return train.train(run, time.monotonic())
+            return train.train(run, time.perf_counter())
 
         assert exit_code(forked(work)) == 2
     assert f"error: cannot write {folder / 'checkpoints'}" in capfd.readouterr().err
@@ -216,6 +216,16 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(halfway, tmp_path, for
 
 
 # ---------------------------------------------------------------- two trainers
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(halfway, monkeypatch):
+    folder, config = halfway
+    before = snapshot(folder)
+    denied = PermissionError(13, "Permission denied", "latest.pt")
+    with monkeypatch.context() as patched, pytest.raises(PermissionError):
+        patched.setattr(type(folder), "read_bytes", raises(denied))
+        go(config)
+    assert snapshot(folder) == before
+
 
 def test_a_second_trainer_stops_and_the_lock_of_a_killed_one_does_not_block(tmp_path, reference, capsys):
     config = tiny_config(tmp_path)

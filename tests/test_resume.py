@@ -195,8 +195,8 @@ def test_a_second_interrupt_stops_at_once_and_leaves_a_good_checkpoint(
 
 def rank(i: int, port: int, work) -> int:
     """Runs work() as process `i` of the two of a torchrun."""
-    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_RUN_ID="one", RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = work()
     torch.distributed.destroy_process_group()
     return code
@@ -212,7 +212,7 @@ def test_two_processes_go_on_where_one_stopped_and_one_where_two_stopped(tmp_pat
 
     def first() -> int:
         # A clock of its own: one process shows its progress when the other sees no reason to.
-        train.time = types.SimpleNamespace(monotonic=lambda: 10**6 * time.monotonic())
+        train.time = types.SimpleNamespace(perf_counter=lambda: 10**6 * time.perf_counter())
         return go(config).code
 
     def second() -> int:

@@ -4,12 +4,13 @@ arguments, a cell run twice, half a torchrun, one folder spelt two ways.
 
 import io
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, command_line, go, metrics, opened, tiny_config
+from conftest import ROOT, before_step, command_line, go, metrics, opened, raises, tiny_config
 from jupyter_client.manager import start_new_kernel
 
 import eval as evaluation
@@ -97,12 +98,50 @@ def test_a_real_kernel_runs_the_scripts_again_and_again(tmp_path):
         manager.shutdown_kernel(now=True)
 
 
+def elsewhere(config: Config) -> subprocess.CompletedProcess:
+    """train.py with this config in a process of its own."""
+    return subprocess.run([sys.executable, f"{ROOT}/train.py", *command_line(config)], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+
+
 def test_a_cell_may_run_again_in_the_same_process(tmp_path):
     config = tiny_config(tmp_path)
     with opened(config) as first, opened(config) as second:
         assert train.train(first, 0.0) == 0
-        assert second.locks[0].is_locked
+        assert f"process {os.getpid()} is training" in elsewhere(config).stderr
     assert go(config).state.step == 24
+
+
+def test_a_run_that_failed_in_a_notebook_holds_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "config", tiny_config(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with before_step(5, raises(RuntimeError("a bug"))), pytest.raises(RuntimeError) as kept:
+        train.main()
+    assert kept.tb  # which holds the run, as a notebook's last error does
+    assert elsewhere(tiny_config(tmp_path)).returncode == 0
+
+
+def test_handlers_of_signals_are_put_back(tmp_path):
+    seen = []
+
+    def work() -> int:
+        seen.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGHUP)))
+        return 0
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit):
+        run_main(work)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+    assert not {*seen} & {*before}
+
+
+def test_a_full_output_is_one_sentence_and_a_mistake_nobody_reads_has_its_exit_code(tmp_path):
+    (tmp_path / "s.txt").write_text("Tom ran.\n<|endoftext|>\nMia sat.")
+    script = [sys.executable, f"{ROOT}/data.py", "data.dataset=s.txt", "training.tokenizer_type=char"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert subprocess.run([*script, "model.n_layer=3"], stderr=full, cwd=tmp_path).returncode == 2
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
 def test_the_lock_file_is_never_written(tmp_path):
@@ -118,10 +157,17 @@ def test_one_folder_spelt_two_ways_is_one_folder(tmp_path):
     assert go(config).code == 0 and (tmp_path / "checkpoints" / "metrics.jsonl").exists()
 
 
-def test_half_a_torchrun_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE = 2 is set without RANK: unset it"):
+@pytest.mark.parametrize("world", ["2", "0", "-1", "two"])
+def test_half_a_torchrun_is_one_sentence(tmp_path, monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=f"WORLD_SIZE = {world} is set, but not by torchrun: unset it"):
         train.Machine(tiny_config(tmp_path).training)
+
+
+def test_what_is_left_of_a_torchrun_changes_nothing(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "a", "WORLD_SIZE": "1", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert go(tiny_config(tmp_path)).code == 0 and (tmp_path / "checkpoints" / "best_model.pt").exists()
 
 
 def test_the_folder_of_a_checkpoint_is_its_best_model(tmp_path, monkeypatch, capsys):
