@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import itertools
 import json
 import logging
@@ -40,9 +41,10 @@ SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
+MARK = re.compile(r"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]")
 SEPARATORS = (  # of stories, the likelier first
     rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$",  # a line; the first may have a byte-order mark
-    rb"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]",
+    MARK.pattern.encode(),
     rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
     rb"\n(?:[ \t\r]*\n){2,}")
 
@@ -54,30 +56,24 @@ class DatasetUnavailable(UserError):
 
 
 def within(seconds: float, work: Callable, *args):
-    """Returns work(*args). Raises TimeoutError after `seconds`, and leaves the work to its thread."""
-    try:
-        with ThreadPool(1) as pool:
-            return pool.apply_async(work, args).get(seconds)
-    except multiprocessing.TimeoutError:
-        raise TimeoutError(f"no answer in {seconds:g} seconds") from None
+    """Returns work(*args). Raises multiprocessing.TimeoutError after `seconds`, when its thread goes on."""
+    with ThreadPool(1) as pool:
+        return pool.apply_async(work, args).get(seconds)
 
 
 def find_separator(path: Path, alone: bool) -> re.Pattern:
-    """Returns what separates the stories of a text, by its first 16 MB; its end does, too. Says what it is,
-    and what looks like it and is not. In a text that is not `alone`, dashes and newlines are its own.
+    """Returns what separates the stories of a text, by its first 16 MB; its end does, too. Names it where it
+    is not a line of end-of-text. In a text that is not `alone`, dashes and newlines are its own.
     """
     with open(path, "rb") as file:
-        head, separator = file.read(2**24), None
+        head = file.read(2**24)
     for pattern in SEPARATORS if alone else SEPARATORS[:2]:
         marks = [mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head)]
-        names = ", ".join(sorted({*marks} - {END_OF_TEXT}))
-        if not separator and (len(marks) > 1 or END_OF_TEXT in marks):
-            separator = pattern
+        if (len(marks) > 1 or END_OF_TEXT in marks) and 2 * len(marks) >= head.count(END_OF_TEXT.encode()):
             if pattern != SEPARATORS[0]:
-                say_once(f"{path}: stories are separated by {names or END_OF_TEXT}")
-        elif names and (not separator or pattern == SEPARATORS[1]):
-            say_once(f"WARNING: {path}: {names} is read as text, not as the end of a story")
-    return re.compile((separator or rb"\Z") + rb"|\Z")
+                say_once(f"{path}: stories are separated by {', '.join(sorted({*marks}))}")
+            return re.compile(pattern + rb"|\Z")
+    return re.compile(rb"\Z")
 
 
 def read_rows(path: Path, alone: bool) -> Iterator:
@@ -110,15 +106,18 @@ def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
         try:
             for row in begin():
                 if isinstance(row, dict):
-                    texts = [key for key, value in row.items() if isinstance(value, str)]
-                    names = ("text", "story", "content", *(texts if len(texts) == 1 else ()))
-                    column = column or next((key for key in names if key in row), None)
-                    row = row.get(column, row)
+                    keys = ([key for key in ("text", "story", "content") if key in row][:1]
+                            or [key for key, value in row.items() if isinstance(value, str | None)])
+                    if len(keys) == 1:
+                        column = column or keys[0]
+                    row = row[column] if keys == [column] else row
                 if not isinstance(row, str | None):
                     raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted, in a column "
                                     f"{column or 'text, story or content'}")
                 text = (row or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                if story := re.sub("\r\n?", "\n", text).strip():
+                if story := re.sub("\r\n?", "\n", text).strip().lstrip("\ufeff"):
+                    if mark := MARK.search(story):
+                        say_once(f"WARNING: {name}: {mark[0]} is read as text, not as the end of a story")
                     yield story
         except (OSError, ValueError, RuntimeError) as error:
             advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
@@ -126,8 +125,8 @@ def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
 
 
 def by_split(names: Iterable[str]) -> dict[str, list]:
-    """Groups files or splits: for validation are those with valid, val, dev or test in their names."""
-    held_out = re.compile(r"(?i)(?<![a-z])(valid|validation|val|dev|test)(?![a-z])").search
+    """Groups files or splits: for validation are those with valid, val, eval, dev or test in their names."""
+    held_out = re.compile(r"(?i)(?<![a-z])(valid(ation)?|val|eval(uation)?|dev|tests?)(?![a-z])").search
     groups = list(itertools.filterfalse(held_out, names)), list(filter(held_out, names))
     return dict(zip(SPLITS, groups)) if all(groups) else {"train": list(names)}
 
@@ -135,19 +134,20 @@ def by_split(names: Iterable[str]) -> dict[str, list]:
 def locate(name: str) -> dict[str, list[Path]] | None:
     """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
     path = SAMPLE if name == "sample" else Path(name)
-    files = [p for p in (sorted(path.rglob("[!.]*")) if path.is_dir() else [path])
-             if p.suffix.lower() in SUFFIXES and p.is_file() and p.stat().st_size]
-    if files:
+    inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+    files = [path / name for name in inside or [""] if "/." not in f"/{name}"]  # nothing hidden
+    if files := [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]:
         kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
-        names = [p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind]
-        return {split: [path / name for name in part] for split, part in by_split(names).items()}
-    is_name = re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name) and path.suffix.lower() not in SUFFIXES
-    if not is_name or os.path.lexists(path):
-        state = "is" if path.exists() else "does not exist: it is"
+        splits = by_split([p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind])
+        if inside:
+            say_once(f"{path}: reading {reprlib.repr(splits)}")
+        return {split: [path / name for name in names] for split, names in splits.items()}
+    is_file_name = os.path.lexists(path) or path.suffix.lower() in SUFFIXES
+    if is_file_name or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"data.dataset = {name!r} {state} not auto, tinystories or sample, no file or folder of files "
-            f"{', '.join(SUFFIXES)} with something in them (or link to one), and not the name of one on the "
-            "Hub, such as roneneldan/TinyStories")
+            f"data.dataset = {name!r} does not exist or cannot be read: it is not auto, tinystories or "
+            f"sample, no file or folder of files {', '.join(SUFFIXES)} (or link to one), and not the name of "
+            "one on the Hub, such as roneneldan/TinyStories")
     return None
 
 
@@ -160,16 +160,18 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
     for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.config.STREAMING_READ_MAX_RETRIES = 1  # of a read, which tries six times itself
+    cause = None
     try:
         within(6, requests.head, hub.ENDPOINT)
         say(f"reading {name} from {hub.ENDPOINT}, for at most about two minutes without an answer")
-    except (OSError, ValueError):  # no answer, or not an address at all
+    except (OSError, ValueError, multiprocessing.TimeoutError) as error:  # ValueError: not an address
+        cause = f"no answer from {hub.ENDPOINT}, {type(error).__name__}"
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
     try:
         splits = datasets.load_dataset(name, streaming=limited)
     except Exception as error:  # datasets raises many kinds
-        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {first_line(error)}") from error
-    return {split: {f"the dataset {name!r}, split {part}": functools.partial(iter, splits[part])
+        raise DatasetUnavailable(f"cannot load the dataset {name!r}: {cause or first_line(error)}") from error
+    return {split: {f"the dataset {name!r}, split {part}": splits[part].__iter__
                     for part in parts} for split, parts in by_split(splits).items()}
 
 
@@ -198,7 +200,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
             text = next(whole())
             end = len(text) * 95 // 100
-            n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
+            n_stories, whole = 2, lambda: (text[:end], text[end:])
         first = n_stories * 95 // 100
 
     def training() -> Iterator[str]:
@@ -241,7 +243,7 @@ class BPETokenizer:
         cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         try:
             encoding = within(20, tiktoken.get_encoding, "gpt2")  # tiktoken itself has no timeout
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, multiprocessing.TimeoutError) as error:
             raise UserError(
                 f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({first_line(error)}); "
                 "use training.tokenizer_type=bpe, or copy tiktoken's two cache files there") from error
@@ -252,36 +254,41 @@ class BPETokenizer:
         """Returns a tokenizer of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
 
         Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest
-        pair of byte strings. Words are kept as the hexadecimal numbers of their tokens, "6f6e 63 65", and
-        counted once; counts change only where a merge applies.
+        pair of byte strings. Words are kept as numbers of their tokens, "90z 9cz 9az": hexadecimal, every
+        byte taken from 255 and z at the end, so that the greatest pair is the first in a heap.
         """
-        split = regex.compile(cls.PATTERN).findall
-        word_counts = Counter(word[:256] for story in stories for word in split(story))  # long ones are slow
-        words = [word.encode().hex(" ") for word in word_counts]
-        counts = list(word_counts.values())
+        word_counts = Counter(word[:256] for story in stories  # long ones are slow
+                              for word in regex.findall(cls.PATTERN, story))
+        counts, words = list(word_counts.values()), [""] * len(word_counts)
+        pair_counts, words_with, changed, heap = Counter(), defaultdict(set), set(), []
 
-        pair_counts, words_with = Counter(), defaultdict(set)
-
-        def add(i: int, sign: int) -> None:
-            for pair in itertools.pairwise(words[i].split()):
-                pair_counts[pair] += sign * counts[i]
+        def change(i: int, word: str) -> None:
+            changes = Counter(itertools.pairwise(word.split()))
+            changes.subtract(itertools.pairwise(words[i].split()))
+            words[i] = word
+            for pair in filter(changes.get, changes):  # not those that remain
+                pair_counts[pair] += changes[pair] * counts[i]
                 words_with[pair].add(i)
+                changed.add(pair)
 
-        for i in range(len(words)):
-            add(i, 1)
-        tokens = {f"{b:02x}": None for b in range(256)}  # an ordered set
+        numbers = [f"{255 - b:02x}z" for b in range(256)]
+        for i, word in enumerate(word_counts):
+            change(i, " ".join(map(numbers.__getitem__, word.encode())))
+        tokens = dict.fromkeys(numbers)  # an ordered set
         for _ in progress(range(256, vocab_size - 1), None, "learning tokens"):
-            highest = max(pair_counts.values(), default=0)
-            if not highest:
+            for pair in filter(pair_counts.get, changed):
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+            changed.clear()
+            while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+                heapq.heappop(heap)  # its count has changed since
+            if not heap:
                 break
-            best = max(pair for pair, count in pair_counts.items() if count == highest)
-            token, occurrence = "".join(best), re.compile(r"\b{} {}\b".format(*best))
+            left, right = pair = heap[0][1]
+            token = left[:-1] + right
             tokens[token] = None
-            for i in words_with.pop(best):
-                add(i, -1)
-                words[i] = occurrence.sub(token, words[i])
-                add(i, 1)
-        return cls(list(map(bytes.fromhex, tokens)))
+            for i in words_with.pop(pair):
+                change(i, re.sub(rf"\b{left} {right}", token, words[i]))
+        return cls([bytes(255 - b for b in bytes.fromhex(token[:-1])) for token in tokens])
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
@@ -302,10 +309,6 @@ class BPETokenizer:
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         token_bytes = self._encoding.decode_single_token_bytes
         return lambda token: decode(b"", True) if token is None else decode(token_bytes(int(token)))
-
-    def unknown(self, text: str) -> list[str]:
-        """Returns the characters of `text` that the tokenizer cannot represent."""
-        return []
 
     def spec(self) -> dict:
         return {"type": self.name, "tokens": b" ".join(map(base64.b64encode, self.ranks)).decode()}
@@ -332,6 +335,7 @@ class CharTokenizer(BPETokenizer):
         return super().encode_array(self._unknown.sub(UNKNOWN, text))
 
     def unknown(self, text: str) -> list[str]:
+        """Returns the characters of `text` that the tokenizer cannot represent."""
         return sorted(set(self._unknown.findall(text)))
 
     def spec(self) -> dict:
@@ -356,7 +360,7 @@ class Stream:
     def head(self, limit: int | None, tokenizer) -> tuple:
         """Returns the first `limit` tokens, up to the end of a story if one ends, and their text's bytes."""
         ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id) + 1
-        tokens = np.array(self.tokens[:max(ends, default=limit)])
+        tokens = self.tokens[:max(ends, default=limit)]
         return tokens, len(tokenizer.decode(tokens).encode()) - len(ends) * len(END_OF_TEXT)
 
 
@@ -373,8 +377,8 @@ def encode_stories(stories: Iterable[str], tokenizer, write: Callable) -> dict:
             tokens = np.concatenate(pool.map(encode, group, 64))
             write(tokens)
             digest.update(tokens)
-            n_bytes = sum(len(story.encode()) for story in group)
-            counts.update(stories=len(group), tokens=len(tokens), bytes=n_bytes)
+            counts.update(stories=len(group), tokens=len(tokens),
+                          bytes=sum(len(story.encode()) for story in group))
     return {**counts, "sha256": digest.hexdigest()}
 
 
@@ -401,8 +405,9 @@ def build_streams(stem: Path, dataset: str, request: dict) -> None:
             shown = progress(begin(), limit, f"tokenizing {split} stories")
             counts = encode_stories(shown, tokenizer, file.write)
             if not counts["stories"]:
-                raise UserError(f"data.dataset = {dataset!r} has no stories for the {split} split; it needs "
-                                f"at least two different ones, with a line {END_OF_TEXT} between them")
+                raise UserError(f"data.dataset = {dataset!r} has no story for the {split} split that is not "
+                                "empty or in the other one; it needs at least two different ones, in a text "
+                                f"with a line {END_OF_TEXT} between them")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
     with atomic_write(Path(f"{stem}.json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
@@ -413,7 +418,7 @@ def find_streams(folder: Path, wanted: dict | list) -> tuple | None:
     request or content is the `wanted` one, or None.
     """
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(Exception):  # whatever another JSON file makes of it
             found, stem = json.loads(path.read_text()), path.with_suffix("")
             if found.pop("sha256") == json_hash(found) and wanted in (found["request"], content(found)):
                 streams = [Stream(np.memmap(f"{stem}-{split}.bin", np.uint16, "c"), found[split])
@@ -436,25 +441,26 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
     tokenizer. The streams' `info` says what they really are. Raises UserError.
     """
     dataset, kind = config.data.dataset, config.training.tokenizer_type
-    if dataset == "auto" and checkpoint:
-        dataset, kind = checkpoint["dataset"]["train"]["dataset"], checkpoint["tokenizer"]["type"]
+    if checkpoint:
+        trained = checkpoint["dataset"]["train"]["dataset"]
+        if dataset == "auto":
+            dataset, kind = trained, checkpoint["tokenizer"]["type"]
+        if Path(dataset).name == Path(trained).name and not os.path.lexists(dataset):  # or on the Hub
+            if found := find_streams(Path(config.data.data_dir), content(checkpoint["dataset"])):
+                return found
     try:
         return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind)
-    except UserError as error:
-        folder, reason = Path(config.data.data_dir), str(error)
-        if checkpoint and (found := find_streams(folder, content(checkpoint["dataset"]))):
-            say(f"{error}: its streams in {folder} serve")
-            return found
-        if dataset != "auto" or not isinstance(error, DatasetUnavailable):
+    except DatasetUnavailable as error:
+        if dataset != "auto":
             raise
+        reason = error
     try:
         prepared = prepare_streams(config, "sample", kind)
     except UserError as error:
         prepared, reason = prepare_streams(config, "sample", "bpe"), f"{reason}; {error}"
-    rule = "!" * 100
-    say(f"{rule}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with the "
-        f"project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, too "
-        f"few to learn well from.\n{rule}")
+    say(f"{'!' * 100}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with "
+        f"the project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, "
+        f"too few to learn well from.\n{'!' * 100}")
     return prepared
 
 
@@ -510,8 +516,8 @@ class Batches:
     def at(self, step: int) -> tuple:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
         starts = torch.from_numpy(self.starts(step)[self.rank::self.world])
-        starts = starts.to(self.windows.device, non_blocking=True)
-        windows = self.windows[starts].long() & 0xFFFF  # as uint16 again
+        # As uint16 again.
+        windows = self.windows[starts.to(self.windows.device, non_blocking=True)].long() & 0xFFFF
         return windows[:, :-1], windows[:, 1:]
 
     def starts(self, step: int) -> np.ndarray:
@@ -580,12 +586,12 @@ def json_hash(value) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return reason.splitlines()[0]
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(message, file=sys.stderr, flush=True)
 
 
 say_once = functools.cache(say)  # while the process lives
@@ -603,8 +609,8 @@ def main() -> None:
     settings, _ = ArgumentParser("Prepares the stories that train.py would use.").configure(config)
     tokenizer, *streams = prepare(settings)
     for stream in streams:
-        sizes = "{dataset}, {split}: {stories:,} stories, {tokens:,} tokens, {bytes:,} bytes"
-        print(sizes.format(**stream.info))
+        print("{dataset}, {split}: {stories:,} stories, {tokens:,} tokens, {bytes:,} bytes".format(
+            **stream.info))
     print(f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens")
 
 

@@ -82,7 +82,7 @@ def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
 
 
 def warn_of_unknown(tokenizer, text: str) -> None:
-    if unknown := tokenizer.unknown(text):
+    if unknown := tokenizer.name == "char" and tokenizer.unknown(text):
         log(f"WARNING: the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
              "the model sees an unknown character")
 
@@ -547,7 +547,8 @@ def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
 def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
     """Draws a run's metrics into {metric: axes}; a star marks the lowest validation loss."""
     # matplotlib leaves out names that begin with _, and takes what is between dollars for a formula.
-    run, label = read_metrics(log_dir), " " + os.fsencode(log_dir).decode(errors="replace").replace("$", r"\$")
+    label = " " + os.fsencode(log_dir).decode(errors="replace").replace("$", r"\$")
+    run = read_metrics(log_dir)
     steps, losses = run["step"], run["val_loss"]
     style = {"color": colour, "marker": "." if len(steps) < 20 else ""}
     if not np.isnan(losses).all():

@@ -724,6 +724,16 @@ def append_line(path: Path, line: str) -> int:
         raise write_error(path, error) from error
 
 
+def appender(signals: list[int]) -> Callable:
+    """Returns a handler that appends a signal to the list, which the loop sees; a second stops at once."""
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    return on_signal
+
+
 def train(run: Run, started: float) -> int:
     """The loop: a step; then, when due or last, evaluate and save. `started` is when the command began, by
     time.perf_counter(). Returns 0, or 128 + the signal that stopped it.
@@ -736,15 +746,9 @@ def train(run: Run, started: float) -> int:
     loss_sum = torch.tensor(state.train_loss_sum, device=run.machine.device)
     started -= state.elapsed_seconds  # as if one process had made all of the run
     first, saved = state.step + 1, (state.elapsed_seconds, state.step)
-    clock, seconds, line = time.perf_counter(), 0.0, state.step  # `seconds` of steps alone, since step `line`
-    signals = []  # SIGINT, SIGTERM or SIGHUP end the run after the step; a second one at once
-
-    def on_signal(number, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    with bar, signals_handled(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+    clock, seconds, line = time.perf_counter(), 0.0, state.step  # `seconds` of steps alone, since `line`
+    signals = []
+    with bar, signals_handled(appender(signals), "SIGINT", "SIGTERM", "SIGHUP"):
         while not (run.is_over() or stop):
             loss, grad_norm = next_step(run)
             loss_sum += loss

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    before_step, differences, exit_code, forked, go, metrics, opened, snapshot, stop_after, tiny_config)
+    before_step, differences, exit_code, forked, go, metrics, opened, raises, snapshot, stop_after,
+    tiny_config)
 
 import data
 import train

@@ -64,7 +64,7 @@ def test_a_run_goes_on_however_its_stories_are_spelt(tmp_path, reference, capsys
     capsys.readouterr()
     assert go(config).code == 0
     printed = capsys.readouterr().err
-    changed = {"another data_dir": "data.data_dir was", "gone": "serve"}.get(how, "data.dataset was")
+    changed = {"another data_dir": "data.data_dir was", "gone": ""}.get(how, "data.dataset was")
     assert changed in printed
     assert (tmp_path / "logs" / "metrics.jsonl").exists()
     ours, theirs = (train.load_checkpoint(f / "checkpoints" / "latest.pt") for f in (tmp_path, reference))
@@ -203,6 +203,34 @@ def test_a_long_path_makes_a_short_name(tmp_path):
     assert all(len(p.name) < 100 for p in (tmp_path / "data").iterdir())
 
 
+@pytest.mark.parametrize("another", ["typo.txt", "other.txt", "changed", "csv"])
+def test_streams_of_the_old_stories_do_not_serve_for_others(tmp_path, another):
+    """Whatever keeps the others from being prepared."""
+    config = tiny_config(tmp_path)
+    stop_after(config, 9)
+    stories = tmp_path / "stories.txt"
+    if another == "changed":
+        stories.write_bytes(stories.read_bytes() + b"\xff")
+    else:
+        config.data.dataset = str(tmp_path / another)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "other.txt").write_text("One story.")
+    before = snapshot(tmp_path / "checkpoints", tmp_path / "logs")
+    with pytest.raises(UserError):
+        go(config)
+    assert snapshot(tmp_path / "checkpoints", tmp_path / "logs") == before
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", '"x"', "{", "[" * 10**5, '{"sha256": 1, "request": 2}'])
+def test_another_json_among_the_streams_is_passed_over(tmp_path, text):
+    config = char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))
+    prepare(config)
+    (tmp_path / "data" / "a.json").write_text(text)
+    before = snapshot(tmp_path)
+    prepare(config)
+    assert snapshot(tmp_path) == before
+
+
 # ---------------------------------------------------------------- any dataset
 
 def test_a_folder_of_texts_has_the_splits_that_its_names_say(tmp_path):
@@ -222,7 +250,24 @@ def test_a_folder_of_texts_is_a_story_a_file_or_all_their_stories(tmp_path, caps
     write_stories(tmp_path / "two" / "a.txt", STORIES[:20])
     write_stories(tmp_path / "two" / "b.txt", STORIES[20:])
     assert split(tmp_path / "two") == (STORIES[:38], STORIES[38:])
-    assert capsys.readouterr().err == ""
+    assert all(": reading {'train': [" in line for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "eval", "evaluation", "dev", "test", "tests", "validation"])
+def test_what_is_held_out_is_recognised_by_its_name_and_named(tmp_path, capsys, name):
+    write_stories(tmp_path / "d" / "train" / "a.txt", STORIES[:30])
+    write_stories(tmp_path / "d" / name / "b.txt", STORIES[30:])
+    assert split(tmp_path / "d") == (STORIES[:30], STORIES[30:])
+    assert f"'validation': ['{name}/b.txt']" in capsys.readouterr().err
+
+
+def test_hidden_folders_and_loops_of_links_are_not_read(tmp_path):
+    write_stories(tmp_path / "d" / "train" / "a.txt", STORIES[:30])
+    write_stories(tmp_path / "d" / ".ipynb_checkpoints" / "a-checkpoint.txt", ["hidden"])
+    write_stories(tmp_path / "d" / "valid" / "b.txt", STORIES[30:])
+    for name in ("loop", "another"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "d")
+    assert split(tmp_path / "d") == (STORIES[:30], STORIES[30:])
 
 
 @pytest.mark.parametrize("column", ["text", "story", "content", "body"])
@@ -248,6 +293,10 @@ def test_json_and_parquet_of_one_obvious_column(tmp_path, column, form):
 @pytest.mark.parametrize(("files", "message"), [
     ({"a.jsonl": '{"a": "x", "b": "y"}'}, "a.jsonl holds {'a': 'x', 'b': 'y'} where a text is wanted, in a "
                                           "column text, story or content"),
+    ({"a.jsonl": '{"title": "A", "body": null}\n{"title": "B", "body": "y"}'},
+     "a.jsonl holds {.*} where a text is wanted, in a column text, story or content"),
+    ({"a.jsonl": '{"id": "0"}\n{"id": "1", "tale": "y"}'},
+     "a.jsonl holds {'id': '1', 'tale': 'y'} where a text is wanted, in a column id$"),
     ({"a.jsonl": '{"n": 1}'}, "a.jsonl holds {'n': 1} where a text is wanted"),
     ({"a.jsonl": '{"text": "x"}', "b.jsonl": '{"body": "y"}'},
      "b.jsonl holds {'body': 'y'} where a text is wanted, in a column text$"),
@@ -260,7 +309,7 @@ def test_json_and_parquet_of_one_obvious_column(tmp_path, column, form):
     ({"a.json": '{"data": [{"text": "x"}]}'}, "a.json holds {'data': .* where a text is wanted"),
     ({"a.parquet": "no parquet"}, "cannot read .*a.parquet: "),
     ({"a.jsonl": b'{"text": "\xff"}'}, "cannot read .*a.jsonl: .*; convert it to UTF-8"),
-    ({"a.csv": "text\nx"}, "d' is not auto, .* no file or folder of files .txt, .json"),
+    ({"a.csv": "text\nx"}, "d' does not exist or cannot be read: .* no file or folder of files .txt, .json"),
 ])
 def test_what_cannot_be_stories_is_one_sentence_with_the_file(tmp_path, files, message):
     folder = tmp_path / "d"
@@ -274,7 +323,7 @@ def test_what_cannot_be_stories_is_one_sentence_with_the_file(tmp_path, files, m
 
 def test_a_dangling_link_is_one_sentence(tmp_path):
     (tmp_path / "s.txt").symlink_to(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match="s.txt' does not exist: .*or link to one"):
+    with pytest.raises(UserError, match="s.txt' does not exist or cannot be read: .*or link to one"):
         prepare(char_config(tmp_path, tmp_path / "s.txt"))
 
 
@@ -304,6 +353,35 @@ def test_what_looks_like_a_separator_and_is_not_is_named(tmp_path, capsys):
     assert "---" not in printed
 
 
+@pytest.mark.parametrize("lines", [0, 1, 12, 30, 40])
+def test_most_of_the_marks_say_whether_they_are_lines(tmp_path, capsys, lines):
+    """As of `write(story + mark)`, where some of the stories end in a newline."""
+    path = tmp_path / "s.txt"
+    marks = ["\n<|endoftext|>\n"] * lines + ["<|endoftext|>\n"] * (40 - lines)
+    path.write_text("".join(story + mark for story, mark in zip(STORIES, marks)))
+    stories = [story for part in split(path) for story in part]
+    if lines in (0, 1, 12, 40):
+        assert stories == STORIES
+    else:  # those within a line are text, and named
+        assert stories[:30] == STORIES[:30]
+        assert "<|endoftext|> is read as text" in capsys.readouterr().err
+
+
+def test_a_mark_in_a_row_or_late_in_a_text_is_named(tmp_path, capsys):
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(f"{story}<|endoftext|>") for story in STORIES))
+    split(tmp_path / "s.jsonl")
+    assert "s.jsonl: <|endoftext|> is read as text" in capsys.readouterr().err
+    (tmp_path / "s.txt").write_text("A line.\n" * 2**21 + "\n<|endoftext|>\n".join(STORIES))
+    split(tmp_path / "s.txt")
+    assert "s.txt: <|endoftext|> is read as text" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_story(tmp_path):
+    (tmp_path / "s.txt").write_text("\ufeff" + "\n<|endoftext|>\n\ufeff".join(STORIES))
+    training, validation = split(tmp_path / "s.txt")
+    assert training + validation == STORIES
+
+
 @pytest.mark.parametrize(
     ("mark", "newlines"), [("", "\n\n"), ("</s>", "\n\n"), ("\n---\n", "\n\n"), ("", " ")])
 def test_a_book_is_one_long_text(tmp_path, capsys, mark, newlines):
@@ -315,7 +393,7 @@ def test_a_book_is_one_long_text(tmp_path, capsys, mark, newlines):
     assert (training + validation).replace(" ", "") == path.read_text().replace(" ", "").strip()
     assert 0.02 < len(validation) / len(training) < 0.08
     printed = capsys.readouterr().err
-    assert "one long text" in printed and (f"{mark.strip()} is read as text" in printed) == bool(mark)
+    assert "one long text" in printed and ("</s> is read as text" in printed) == (mark == "</s>")
     _, stream, held_out = prepare(char_config(tmp_path, path))
     assert stream.info["stories"] == held_out.info["stories"] == 1
     whole = evaluation.read_stream(str(path), data.CharTokenizer.train([path.read_text()]))

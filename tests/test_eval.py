@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, go, make_model, make_qwen3, tiny_config, write_stories
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import train
@@ -538,6 +539,22 @@ def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp
     assert command("--checkpoint", checkpoint, "--plot")[1] == f"{logs}/training_curves.png\n"
     write_metrics(tmp_path / "logs", LINES)
     assert command("--plot")[1] == "logs/training_curves.png\n"
+
+
+@pytest.mark.parametrize("name", ["p$\\foo$", "_a", b"l\xff"])
+def test_any_name_of_a_folder_is_in_the_legend(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    figure = Figure()
+    axes = figure.subplots()
+    evaluation.draw_run({"val_loss": axes}, write_metrics(Path(os.fsdecode(name)), LINES), "C0")
+    label, = (text.get_text() for text in axes.legend().get_texts())
+    assert "best 3.0000 at step 200" in label
+    figure.savefig(io.BytesIO())
+
+
+def test_no_dataset_is_no_dataset_to_evaluate_on(checkpoint, command):
+    code, out, err = command("--checkpoint", checkpoint, "--data", "")
+    assert (code, out) == (2, "") and "--data: data.dataset must not be empty" in err
 
 
 def test_the_curves_of_read_only_logs_are_drawn_here(tmp_path, monkeypatch, command):

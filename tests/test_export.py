@@ -88,7 +88,7 @@ def test_transformers_tokenizes_as_we_do(exported):
     for text in (*NASTY, *STORIES, *real_stories()):
         tokens = theirs(text)["input_ids"]
         assert tokens == [ours.eot_id, *ours.encode(text)], text
-        if not ours.unknown(text):
+        if ours.name != "char" or not ours.unknown(text):
             assert theirs.decode(tokens, skip_special_tokens=True) == text == ours.decode(tokens[1:])
     assert len(theirs) == ours.vocab_size
     assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == ours.eot_id
