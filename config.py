@@ -256,12 +256,12 @@ class ArgumentParser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def signals_handled(handler: Callable, *names: str) -> Iterator[None]:
     """Lets `handler` have the signals that this system has of those named, until it is left. Those that are
-    ignored, as SIGHUP under nohup, remain so; off the main thread there are none.
+    ignored, as SIGHUP under nohup, or not Python's remain so; off the main thread there are none.
     """
     before = {}
     with contextlib.suppress(ValueError):
         for number in filter(None, (getattr(signal, name, None) for name in names)):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
     try:
         yield
@@ -296,7 +296,7 @@ def run_main(main: Callable) -> None:
     except OSError as error:
         if not error.errno:
             raise
-        mistake = f"{error.filename or 'standard output'}: {error.strerror}"
+        mistake = f"{error.filename or 'the system refuses'}: {error.strerror}"
     if mistake:
         with contextlib.suppress(OSError):
             print(f"error: {mistake}", file=sys.stderr)

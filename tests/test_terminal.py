@@ -143,7 +143,7 @@ def test_a_full_output_is_one_sentence_and_a_mistake_nobody_reads_has_its_exit_c
     with open("/dev/full", "w") as full:
         done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
         assert subprocess.run([*script, "model.n_layer=3"], stderr=full, cwd=tmp_path).returncode == 2
-    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "error: the system refuses: No space left on device\n")
 
 
 def test_the_lock_file_is_never_written(tmp_path):
