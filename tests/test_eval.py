@@ -557,6 +557,12 @@ def test_no_dataset_is_no_dataset_to_evaluate_on(checkpoint, command):
     assert (code, out) == (2, "") and "--data: data.dataset must not be empty" in err
 
 
+def test_interactive_ends_where_there_is_no_standard_input(checkpoint, tmp_path):
+    command = f'"{sys.executable}" "{ROOT}/eval.py" --checkpoint "{checkpoint}" --interactive <&-'
+    ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr
+
+
 def test_the_curves_of_read_only_logs_are_drawn_here(tmp_path, monkeypatch, command):
     go(tiny_config(tmp_path / "run"))
     monkeypatch.setattr(evaluation.os, "access", lambda path, mode: False)

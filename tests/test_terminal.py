@@ -159,6 +159,20 @@ def test_one_folder_spelt_two_ways_is_one_folder(tmp_path):
     assert go(config).code == 0 and (tmp_path / "checkpoints" / "metrics.jsonl").exists()
 
 
+def test_a_link_to_itself_is_one_sentence(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "logs").symlink_to(tmp_path / "logs")
+    ended = elsewhere(config)
+    assert ended.returncode == 2 and f"error: cannot write {tmp_path}/logs: " in ended.stderr
+
+
+def test_fresh_again_and_again_overwrites_nothing(tmp_path):
+    config = tiny_config(tmp_path, training__max_steps=1)
+    for _ in range(4):
+        go(config, fresh=True)
+    assert len(list((tmp_path / "checkpoints").glob("old-*/best_model.pt"))) == 3
+
+
 @pytest.mark.parametrize("world", ["2", "0", "-1", "two"])
 def test_half_a_torchrun_is_one_sentence(tmp_path, monkeypatch, world):
     monkeypatch.setenv("WORLD_SIZE", world)
