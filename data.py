@@ -43,7 +43,7 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
 MARK = re.compile(r"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]")
 SEPARATORS = (  # of stories, the likelier first
-    rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$",  # a line; the first may have a byte-order mark
+    rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$\n?",  # a line; the first may have a byte-order mark
     MARK.pattern.encode(),
     rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
     rb"\n(?:[ \t\r]*\n){2,}")
@@ -73,6 +73,8 @@ def find_separator(path: Path, alone: bool) -> re.Pattern:
             if pattern != SEPARATORS[0]:
                 say_once(f"{path}: stories are separated by {', '.join(sorted({*marks}))}")
             return re.compile(pattern + rb"|\Z")
+        if marks and END_OF_TEXT not in marks:
+            say_once(f"WARNING: {path}: {marks[0]} is read as text, not as the end of a story")
     return re.compile(rb"\Z")
 
 
@@ -115,7 +117,7 @@ def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
                     raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted, in a column "
                                     f"{column or 'text, story or content'}")
                 text = (row or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                if story := re.sub("\r\n?", "\n", text).strip().lstrip("\ufeff"):
+                if story := re.sub("\r\n?", "\n", text).strip():
                     if mark := MARK.search(story):
                         say_once(f"WARNING: {name}: {mark[0]} is read as text, not as the end of a story")
                     yield story
@@ -134,16 +136,17 @@ def by_split(names: Iterable[str]) -> dict[str, list]:
 def locate(name: str) -> dict[str, list[Path]] | None:
     """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
     path = SAMPLE if name == "sample" else Path(name)
-    inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
-    files = [path / name for name in inside or [""] if "/." not in f"/{name}"]  # nothing hidden
-    if files := [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]:
+    inside = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))]
+    files = [p for name in inside or [""] if "/." not in f"/{name}"  # nothing hidden
+             and (p := path / name).suffix.lower() in SUFFIXES and p.is_file()]
+    if files:
         kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
         splits = by_split([p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind])
         if inside:
             say_once(f"{path}: reading {reprlib.repr(splits)}")
         return {split: [path / name for name in names] for split, names in splits.items()}
-    is_file_name = os.path.lexists(path) or path.suffix.lower() in SUFFIXES
-    if is_file_name or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name):
+    if (os.path.lexists(path) or path.suffix.lower() in SUFFIXES
+            or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name)):
         raise UserError(
             f"data.dataset = {name!r} does not exist or cannot be read: it is not auto, tinystories or "
             f"sample, no file or folder of files {', '.join(SUFFIXES)} (or link to one), and not the name of "
@@ -200,7 +203,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
             say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
             text = next(whole())
             end = len(text) * 95 // 100
-            n_stories, whole = 2, lambda: (text[:end], text[end:])
+            n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
         first = n_stories * 95 // 100
 
     def training() -> Iterator[str]:
@@ -236,10 +239,7 @@ class BPETokenizer:
 
     @classmethod
     def gpt2(cls, data_dir: str | Path) -> "BPETokenizer":
-        """Returns GPT-2's tokenizer, from tiktoken's cache under `data_dir` or the network.
-
-        Raises UserError.
-        """
+        """Returns GPT-2's tokenizer, from tiktoken's cache in `data_dir` or the network. Raises UserError."""
         cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         try:
             encoding = within(20, tiktoken.get_encoding, "gpt2")  # tiktoken itself has no timeout
@@ -254,26 +254,26 @@ class BPETokenizer:
         """Returns a tokenizer of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
 
         Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest
-        pair of byte strings. Words are kept as numbers of their tokens, "90z 9cz 9az": hexadecimal, every
+        pair of byte strings. Words are spelt as numbers of their tokens, "90z 9cz 9az": hexadecimal, every
         byte taken from 255 and z at the end, so that the greatest pair is the first in a heap.
         """
         word_counts = Counter(word[:256] for story in stories  # long ones are slow
                               for word in regex.findall(cls.PATTERN, story))
-        counts, words = list(word_counts.values()), [""] * len(word_counts)
+        spelt = dict.fromkeys(word_counts, "")
         pair_counts, words_with, changed, heap = Counter(), defaultdict(set), set(), []
 
-        def change(i: int, word: str) -> None:
-            changes = Counter(itertools.pairwise(word.split()))
-            changes.subtract(itertools.pairwise(words[i].split()))
-            words[i] = word
+        def spell(word: str, spelling: str) -> None:
+            changes = Counter(itertools.pairwise(spelling.split()))
+            changes.subtract(itertools.pairwise(spelt[word].split()))
+            spelt[word] = spelling
             for pair in filter(changes.get, changes):  # not those that remain
-                pair_counts[pair] += changes[pair] * counts[i]
-                words_with[pair].add(i)
+                pair_counts[pair] += changes[pair] * word_counts[word]
+                words_with[pair].add(word)
                 changed.add(pair)
 
         numbers = [f"{255 - b:02x}z" for b in range(256)]
-        for i, word in enumerate(word_counts):
-            change(i, " ".join(map(numbers.__getitem__, word.encode())))
+        for word in word_counts:
+            spell(word, " ".join(map(numbers.__getitem__, word.encode())))
         tokens = dict.fromkeys(numbers)  # an ordered set
         for _ in progress(range(256, vocab_size - 1), None, "learning tokens"):
             for pair in filter(pair_counts.get, changed):
@@ -286,8 +286,8 @@ class BPETokenizer:
             left, right = pair = heap[0][1]
             token = left[:-1] + right
             tokens[token] = None
-            for i in words_with.pop(pair):
-                change(i, re.sub(rf"\b{left} {right}", token, words[i]))
+            for word in words_with.pop(pair):
+                spell(word, re.sub(rf"\b{left} {right}", token, spelt[word]))
         return cls([bytes(255 - b for b in bytes.fromhex(token[:-1])) for token in tokens])
 
     def encode(self, text: str) -> list[int]:
@@ -419,10 +419,10 @@ def find_streams(folder: Path, wanted: dict | list) -> tuple | None:
     """
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(Exception):  # whatever another JSON file makes of it
-            found, stem = json.loads(path.read_text()), path.with_suffix("")
+            found = json.loads(path.read_text())
             if found.pop("sha256") == json_hash(found) and wanted in (found["request"], content(found)):
-                streams = [Stream(np.memmap(f"{stem}-{split}.bin", np.uint16, "c"), found[split])
-                           for split in SPLITS]
+                streams = [Stream(np.memmap(path.with_name(f"{path.stem}-{split}.bin"), np.uint16, "c"),
+                                  found[split]) for split in SPLITS]
                 if content(found) == [hashlib.sha256(stream.tokens).hexdigest() for stream in streams]:
                     return tokenizer_from_spec(found["tokenizer"]), *streams
     return None
@@ -447,6 +447,7 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
             dataset, kind = trained, checkpoint["tokenizer"]["type"]
         if Path(dataset).name == Path(trained).name and not os.path.lexists(dataset):  # or on the Hub
             if found := find_streams(Path(config.data.data_dir), content(checkpoint["dataset"])):
+                say(f"the streams of {dataset} in {config.data.data_dir} serve")
                 return found
     try:
         return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind)

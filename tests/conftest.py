@@ -231,9 +231,9 @@ def forked(work) -> int:
 
 def exit_code(pid: int, seconds: float = 60) -> int:
     """Waits for a process of ours; one that hangs is killed, and -9 comes back."""
-    deadline = time.perf_counter() + seconds
+    deadline = time.monotonic() + seconds
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.perf_counter() > deadline:
+        if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(ended[1])

@@ -216,8 +216,6 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(halfway, tmp_path, for
     assert marker.exists()  # so it would have
 
 
-# ---------------------------------------------------------------- two trainers
-
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(halfway, monkeypatch):
     folder, config = halfway
     before = snapshot(folder)
@@ -227,6 +225,8 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(halfway, monkeypatch):
         go(config)
     assert snapshot(folder) == before
 
+
+# ---------------------------------------------------------------- two trainers
 
 def test_a_second_trainer_stops_and_the_lock_of_a_killed_one_does_not_block(tmp_path, reference, capsys):
     config = tiny_config(tmp_path)

@@ -64,7 +64,7 @@ def test_a_run_goes_on_however_its_stories_are_spelt(tmp_path, reference, capsys
     capsys.readouterr()
     assert go(config).code == 0
     printed = capsys.readouterr().err
-    changed = {"another data_dir": "data.data_dir was", "gone": ""}.get(how, "data.dataset was")
+    changed = {"another data_dir": "data.data_dir was", "gone": "serve"}.get(how, "data.dataset was")
     assert changed in printed
     assert (tmp_path / "logs" / "metrics.jsonl").exists()
     ours, theirs = (train.load_checkpoint(f / "checkpoints" / "latest.pt") for f in (tmp_path, reference))
@@ -261,6 +261,12 @@ def test_what_is_held_out_is_recognised_by_its_name_and_named(tmp_path, capsys, 
     assert f"'validation': ['{name}/b.txt']" in capsys.readouterr().err
 
 
+def test_the_files_of_a_folder_come_in_the_order_of_their_paths(tmp_path):
+    for i, name in enumerate(("a/1.txt", "a/2.txt", "a-b.txt", "a.txt", "b.txt")):
+        write_stories(tmp_path / "d" / name, STORIES[8 * i:8 * i + 8])
+    assert split(tmp_path / "d") == (STORIES[:38], STORIES[38:])
+
+
 def test_hidden_folders_and_loops_of_links_are_not_read(tmp_path):
     write_stories(tmp_path / "d" / "train" / "a.txt", STORIES[:30])
     write_stories(tmp_path / "d" / ".ipynb_checkpoints" / "a-checkpoint.txt", ["hidden"])
@@ -393,7 +399,7 @@ def test_a_book_is_one_long_text(tmp_path, capsys, mark, newlines):
     assert (training + validation).replace(" ", "") == path.read_text().replace(" ", "").strip()
     assert 0.02 < len(validation) / len(training) < 0.08
     printed = capsys.readouterr().err
-    assert "one long text" in printed and ("</s> is read as text" in printed) == (mark == "</s>")
+    assert "one long text" in printed and (f"{mark.strip()} is read as text" in printed) == bool(mark)
     _, stream, held_out = prepare(char_config(tmp_path, path))
     assert stream.info["stories"] == held_out.info["stories"] == 1
     whole = evaluation.read_stream(str(path), data.CharTokenizer.train([path.read_text()]))
