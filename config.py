@@ -40,6 +40,7 @@ class ModelConfig:
     d_ff: int = 1024                        # width of the feed-forward (SwiGLU) layer
     max_seq_len: int = 512                  # context length in tokens
     dropout: float = 0.1                    # on the embedding and the two residual branches
+    copy_heads: int = 0                     # heads of the last block that copy from the context at first
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ _CHOICES = {
     "training.compile": ("auto", "on", "off"),
 }
 _RANGES = {  # field: (lowest, highest, and what is allowed besides); numbers not listed are at least 1
-    "model.dropout": (0, 0.99), "training.learning_rate": (1e-12, 10),
+    "model.dropout": (0, 0.99), "model.copy_heads": (0, math.inf), "training.learning_rate": (1e-12, 10),
     "training.grad_clip": (1e-12, math.inf), "training.warmup_steps": (0, math.inf),
     "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10),
     "training.max_minutes": (1e-3, math.inf), "training.bpe_vocab_size": (257, 65536),

@@ -488,11 +488,14 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
 class Batches:
     """Training batches as a pure function of (seed, step), so that resuming needs only the step.
 
-    In every epoch the stream is cut into non-overlapping windows at a random offset, and each is used once.
+    In every epoch the stories are laid end to end in a random order, as a ring, which is divided into equal
+    parts of at most T tokens. The window of a part is the T tokens from the first story that begins in it,
+    so that every story is read once from its beginning; where none begins, from where the part begins.
     Of the `world` processes that share a batch, each has its own part of the windows.
     """
 
     tokens: np.ndarray  # (N,) uint16
+    eot_id: int
     batch_size: int
     seq_len: int
     seed: int
@@ -505,10 +508,9 @@ class Batches:
         if n_tokens <= seq_len:
             raise UserError(f"the training stories have {n_tokens:,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
-        self.windows_per_epoch = max(1, n_tokens // seq_len - 1)
-        stream = torch.from_numpy(self.tokens.view(np.int16)).to(self.device)  # torch has little for uint16
-        self.windows = stream.unfold(0, seq_len + 1, 1)  # (N - T, T + 1), without a copy
-        self._epoch_starts = functools.lru_cache(2)(self._epoch_starts)
+        self.windows_per_epoch = -(-n_tokens // seq_len)
+        self.stories = story_windows(self.tokens, self.eot_id, n_tokens)
+        self._ring = functools.lru_cache(2)(self._ring)
 
     def epoch(self, step: int) -> float:
         """Returns the number of passes over the data before step `step`."""
@@ -516,20 +518,36 @@ class Batches:
 
     def at(self, step: int) -> tuple:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""
-        starts = torch.from_numpy(self.starts(step)[self.rank::self.world])
-        # As uint16 again.
-        windows = self.windows[starts.to(self.windows.device, non_blocking=True)].long() & 0xFFFF
+        windows = self.tokens[self.positions(step)[self.rank::self.world]].astype(np.int64)
+        windows = torch.from_numpy(windows).to(self.device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
 
-    def starts(self, step: int) -> np.ndarray:
-        """Returns the (B,) positions in the stream at which the sequences of step `step` begin."""
+    def positions(self, step: int) -> np.ndarray:
+        """Returns the positions in the stream (B, T + 1) of the windows of step `step`, and before each of
+        them that of one more token: end-of-text, where a story begins.
+        """
         first, n = step * self.batch_size, self.windows_per_epoch
-        return np.array([self._epoch_starts(i // n)[i % n] for i in range(first, first + self.batch_size)])
+        return np.stack([self._window(*divmod(i, n)) for i in range(first, first + self.batch_size)])
 
-    def _epoch_starts(self, epoch: int) -> np.ndarray:
+    def _window(self, epoch: int, i: int) -> np.ndarray:
+        parts, begins, sources = self._ring(epoch)
+        start, end = parts[i]
+        begin = begins[np.searchsorted(begins, start)]
+        ring = (begin if begin < end else start) - 1 + np.arange(self.seq_len + 1)
+        story = np.searchsorted(begins, ring % len(self.tokens), side="right") - 1
+        return sources[story] + ring % len(self.tokens) - begins[story]
+
+    def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns an epoch's parts (start, end) in their order, where each story begins on the ring, in both
+        of two rounds, and where it begins in the stream.
+        """
         rng = np.random.default_rng([self.seed, epoch])
-        offset = rng.integers(min(self.seq_len, len(self.tokens) - self.windows_per_epoch * self.seq_len))
-        return offset + self.seq_len * rng.permutation(self.windows_per_epoch)
+        n_tokens, n = len(self.tokens), self.windows_per_epoch
+        starts, ends = rng.permutation(self.stories).T
+        begins = np.cumsum(ends - starts) - (ends - starts)
+        bounds = rng.integers(n_tokens) + np.arange(n + 1) * n_tokens // n
+        parts = np.stack((bounds[:-1], bounds[1:]), axis=1)
+        return rng.permutation(parts), np.concatenate((begins, begins + n_tokens, [2 * n_tokens])), starts
 
 
 def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from config import ModelConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
+COPY_GAIN, COPY_EMBEDDING_STD = 1.5, 0.2
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}  # elements of the (N, V) matrix in memory
 SCATTERS = ("cpu",)  # devices that are faster at changing the target's gradient in place
 ATTENTION_BLOCK = 256  # queries at a time, on a CPU
@@ -128,6 +129,11 @@ class Transformer(nn.Module):
         for block in self.layers:
             for projection in (block.self_attn.o_proj, block.mlp.down_proj):
                 projection.weight.div_(math.sqrt(2 * len(self.layers)))
+        if self.config.copy_heads:  # in the last block what they attend to is added as it came in, so that the
+            attention = self.layers[-1].self_attn  # output matrix reads it as "this token again"
+            value = attention.v_proj.weight[:self.config.copy_heads * attention.head_dim]
+            attention.o_proj.weight[:, :len(value)] = nn.init.orthogonal_(value, gain=COPY_GAIN).mT
+            self.embed_tokens.weight.normal_(std=COPY_EMBEDDING_STD)  # not drowned by the blocks
         assert initialised == set(self.parameters()), "a parameter is left uninitialised"
 
     def parameter_counts(self) -> dict[str, int]:

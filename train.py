@@ -490,8 +490,9 @@ class Run:
                 from_all_processes(0)
         self.dataset = {"train": train_stream.info, "validation": val_stream.info}
         self.fell_back = config.data.dataset == "auto" and train_stream.info["dataset"] == "sample"
-        self.batches = Batches(train_stream.tokens, training.batch_size, config.model.max_seq_len,
-                               training.seed, machine.device, machine.rank, machine.world)
+        self.batches = Batches(train_stream.tokens, self.tokenizer.eot_id, training.batch_size,
+                               config.model.max_seq_len, training.seed, machine.device, machine.rank,
+                               machine.world)
         epoch = self.batches.windows_per_epoch // training.batch_size  # steps
         self.eval_interval = training.eval_interval or min(max(100, epoch), 250)
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step

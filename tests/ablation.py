@@ -171,7 +171,7 @@ def main() -> None:
     config.data.dataset = options.dataset
     tokenizer, train_stream, val_stream = prepare(config)
     machine, size, seq_len = Machine(config.training), config.training.batch_size, config.model.max_seq_len
-    batches = {seed: Batches(train_stream.tokens, size, seq_len, seed, machine.device)
+    batches = {seed: Batches(train_stream.tokens, tokenizer.eot_id, size, seq_len, seed, machine.device)
                for seed in options.seeds}
 
     def train(name: str, seed: int, steps: int, until: int) -> Trial:

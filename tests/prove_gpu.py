@@ -317,7 +317,7 @@ def speeds(steps: list[Callable], config: Config, vocab_size: int, device: torch
     """Returns (rounds, steps) tokens/s of 20 steps on random tokens, in turns, after a round to warm up."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, 2**20).astype(np.uint16)
     batch_size, length, n = config.training.batch_size, config.model.max_seq_len, 20
-    batches = data.Batches(tokens, batch_size, length, 0, device)
+    batches = data.Batches(tokens, 0, batch_size, length, 0, device)
     if device.type == "cpu":
         n = 2
     took = [[seconds(lambda step=step: [step(*batches.at(i)) for i in range(n)], device.type)

@@ -331,50 +331,80 @@ def test_a_dataset_that_is_not_there_is_one_sentence_and_changes_nothing(tmp_pat
 
 # ---------------------------------------------------------------- batches
 
-@pytest.mark.parametrize(
-    ("n_tokens", "batch_size", "seq_len"), [(1000, 4, 16), (65, 3, 64), (500, 64, 10), (128, 1, 64)])
-def test_every_window_once_per_epoch_and_no_two_overlap(n_tokens, batch_size, seq_len):
-    batches = Batches(np.arange(n_tokens, dtype=np.uint16), batch_size, seq_len, seed=3)
+EOT = 9_999
+
+
+def make_stream(n_tokens, mean_length, seed=0):
+    """A stream of distinct tokens but for end-of-text, which ends a story of that length on average."""
+    stream = np.arange(10_000, 10_000 + n_tokens).astype(np.uint16)
+    stream[np.random.default_rng(seed).random(n_tokens) < 1 / mean_length] = EOT
+    stream[-1] = EOT
+    return stream
+
+
+def windows_of_epochs(batches, epochs):
+    """The positions of every window, (epochs, windows, T + 1)."""
     n = batches.windows_per_epoch
-    drawn = np.concatenate([batches.starts(step) for step in range(4 * n)])
-    for epoch in range(4):
-        starts = np.sort(drawn[epoch * n:(epoch + 1) * n])
-        assert (np.diff(starts) == seq_len).all()  # together they are one contiguous stretch
-        assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= n_tokens  # the last target is inside
-    assert n_tokens - n * seq_len < 2 * seq_len + 1
+    drawn = np.concatenate([batches.positions(step) for step in range(-(-epochs * n // batches.batch_size))])
+    return drawn[:epochs * n].reshape(epochs, n, -1)
+
+
+@pytest.mark.parametrize(("n_tokens", "mean_length", "batch_size", "seq_len"), [
+    (5000, 50, 4, 64), (5000, 10, 3, 64), (5000, 400, 64, 64), (101, 20, 1, 100), (5000, 1e9, 4, 64)])
+def test_an_epoch_reads_every_story_once_from_its_beginning(n_tokens, mean_length, batch_size, seq_len):
+    stream = make_stream(n_tokens, mean_length)
+    begins = np.flatnonzero(np.roll(stream, 1) == EOT)
+    batches = Batches(stream, EOT, batch_size, seq_len, seed=3)
+    assert batches.windows_per_epoch == -(-n_tokens // seq_len)
+    for windows in windows_of_epochs(batches, 3):
+        firsts = windows[:, 1]
+        assert len(set(firsts)) == len(firsts)  # no window twice
+        assert np.isin(begins, windows[:, 1:]).all()
+        for window in windows:
+            starts_a_story = np.isin(window[1:], begins)
+            # A window with a beginning of a story in its part begins with one.
+            assert starts_a_story[0] or not starts_a_story[:seq_len // 2].any()
+            # Tokens follow each other as in the stream, but where another story begins, after end-of-text.
+            follows = np.diff(window) == 1
+            assert (follows | starts_a_story & (stream[window[:-1]] == EOT)).all()
+
+
+def test_a_text_without_stories_is_read_whole_in_every_epoch_and_cut_elsewhere():
+    batches = Batches(make_stream(5000, 1e9), EOT, 4, 64, seed=3)
+    one, other = windows_of_epochs(batches, 2)
+    assert len(np.unique(one[:, 1:])) > 0.98 * 5000  # but for the end of the window that begins the text
+    assert not np.isin(other[:, 1], one[:, 1]).all()
 
 
 def test_batches_are_a_function_of_seed_and_step_alone():
-    tokens = np.arange(5000, dtype=np.uint16)
-    one, other = Batches(tokens, 8, 32, seed=1), Batches(tokens, 8, 32, seed=1)
-    forwards = [one.starts(step) for step in range(60)]
-    assert all(np.array_equal(other.starts(step), forwards[step]) for step in reversed(range(60)))
-    assert not np.array_equal(Batches(tokens, 8, 32, seed=2).starts(0), forwards[0])
-    order = [np.concatenate(forwards)[i * 155:(i + 1) * 155] % 32 for i in range(3)]
-    assert len({int(o[0]) for o in order}) > 1  # another offset in another epoch
+    stream = make_stream(5000, 40)
+    one, other = Batches(stream, EOT, 8, 32, seed=1), Batches(stream, EOT, 8, 32, seed=1)
+    forwards = [one.positions(step) for step in range(60)]
+    assert all(np.array_equal(other.positions(step), forwards[step]) for step in reversed(range(60)))
+    assert not np.array_equal(Batches(stream, EOT, 8, 32, seed=2).positions(0), forwards[0])
+    first, second = windows_of_epochs(one, 2)
+    assert not np.array_equal(first, second)  # another order, other stories side by side
+    assert len(set(map(tuple, second.tolist())) - set(map(tuple, first.tolist()))) > len(first) / 2
 
 
 def test_targets_are_the_next_tokens_above_32767_too():
-    tokens = np.arange(2**16, dtype=np.uint16)
-    batches = Batches(tokens, 6, 50, seed=0)
-    seen = []
+    stream = np.arange(2**16, dtype=np.uint16)
+    batches = Batches(stream, 2**16 - 1, 6, 50, seed=0)
     for step in range(batches.windows_per_epoch // 6):
         x, y = batches.at(step)
         assert x.shape == y.shape == (6, 50) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(y, x + 1) and torch.equal(x[:, 1:], x[:, :-1] + 1)
-        seen.append(x)
-    seen = torch.cat(seen).flatten()
-    assert len(seen.unique()) == len(seen)  # in an epoch no token is seen twice
+        assert torch.equal(y, (x + 1) % 2**16) and torch.equal(x[:, 1:], y[:, :-1])
+    seen = torch.cat([batches.at(step)[0] for step in range(200)])
     assert seen.min() >= 0 and (seen > 32_767).float().mean() > 0.45 and seen.max() > 65_000
 
 
 def test_processes_share_a_batch():
-    tokens = np.arange(5000, dtype=np.uint16)
-    whole, _ = Batches(tokens, 8, 32, seed=1).at(3)
-    parts = [Batches(tokens, 8, 32, seed=1, rank=rank, world=2).at(3)[0] for rank in (0, 1)]
+    stream = make_stream(5000, 40)
+    whole, _ = Batches(stream, EOT, 8, 32, seed=1).at(3)
+    parts = [Batches(stream, EOT, 8, 32, seed=1, rank=rank, world=2).at(3)[0] for rank in (0, 1)]
     assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
 
 
 def test_too_few_tokens_for_one_window_are_refused():
     with pytest.raises(UserError, match="64 tokens, fewer than one window of model.max_seq_len = 64"):
-        Batches(np.zeros(64, np.uint16), 1, 64, seed=0)
+        Batches(np.zeros(64, np.uint16), EOT, 1, 64, seed=0)
