@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -32,10 +33,12 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from config import ArgumentParser, Config, UserError, config, run_main
 
+CHECKPOINT_FORMAT = 4
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
@@ -509,7 +512,8 @@ class Batches:
             raise UserError(f"the training stories have {n_tokens:,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
         self.windows_per_epoch = -(-n_tokens // seq_len)
-        self.stories = story_windows(self.tokens, self.eot_id, n_tokens)
+        ends = np.flatnonzero(self.tokens[:-1] == self.eot_id) + 1
+        self.stories = np.stack((np.append(0, ends), np.append(ends, n_tokens)), axis=1)  # (start, end)
         self._ring = functools.lru_cache(2)(self._ring)
 
     def epoch(self, step: int) -> float:
@@ -532,29 +536,23 @@ class Batches:
     def _window(self, epoch: int, i: int) -> np.ndarray:
         parts, begins, sources = self._ring(epoch)
         start, end = parts[i]
-        begin = begins[np.searchsorted(begins, start)]
-        ring = (begin if begin < end else start) - 1 + np.arange(self.seq_len + 1)
-        story = np.searchsorted(begins, ring % len(self.tokens), side="right") - 1
-        return sources[story] + ring % len(self.tokens) - begins[story]
+        story_begin = begins[np.searchsorted(begins, start)]
+        first = story_begin if story_begin < end else start
+        ring = (first - 1 + np.arange(self.seq_len + 1)) % len(self.tokens)
+        story = np.searchsorted(begins, ring, side="right") - 1
+        return sources[story] + ring - begins[story]
 
     def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns an epoch's parts (start, end) in their order, where each story begins on the ring, in both
-        of two rounds, and where it begins in the stream.
+        """Returns an epoch's parts (start, end) in their order, where the stories begin on the ring, twice
+        round, and where each of them begins in the stream.
         """
         rng = np.random.default_rng([self.seed, epoch])
         n_tokens, n = len(self.tokens), self.windows_per_epoch
-        starts, ends = rng.permutation(self.stories).T
-        begins = np.cumsum(ends - starts) - (ends - starts)
+        sources, ends = rng.permutation(self.stories).T
+        begins = np.cumsum(ends - sources) - (ends - sources)
         bounds = rng.integers(n_tokens) + np.arange(n + 1) * n_tokens // n
         parts = np.stack((bounds[:-1], bounds[1:]), axis=1)
-        return rng.permutation(parts), np.concatenate((begins, begins + n_tokens, [2 * n_tokens])), starts
-
-
-def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
-    """Returns the (start, end) of every story, (W, 2), end-of-text included; or of pieces of `seq_len`."""
-    ends = [0, *(np.flatnonzero(tokens[:-1] == eot_id) + 1).tolist(), len(tokens)]
-    return np.array([(first, min(first + seq_len, end)) for start, end in itertools.pairwise(ends)
-                     for first in range(start, end, seq_len)])
+        return rng.permutation(parts), np.concatenate((begins, begins + n_tokens, [2 * n_tokens])), sources
 
 
 # ---------------------------------------------------------------- files
@@ -585,6 +583,47 @@ def atomic_write(path: Path, size: int = 0, keep: Path | None = None):
         raise write_error(path, error, size) from error
 
 
+def save_checkpoint(path: Path, checkpoint: dict, keep: Path | None = None) -> None:
+    """Writes a checkpoint atomically; the old file becomes `keep`. Raises UserError where the disk is full.
+
+    The file is torch.save's and, after it, its SHA-256, which torch.load ignores; `load_checkpoint` does not.
+    """
+    buffer = io.BytesIO()  # not the file itself: torch.save hides why it could not write
+    torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
+    content = buffer.getbuffer()
+    with atomic_write(path, len(content), keep) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Returns the checkpoint at `path`, its tensors on `device`. Code in the file does not run. Raises
+    UserError where it is missing, of another format, or a bit has changed: torch.load might not notice.
+    """
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
+            raise ValueError("its SHA-256 does not match")
+        checkpoint = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
+        version = checkpoint["format"]
+    except PermissionError:  # it may be good
+        raise
+    except Exception as error:  # whatever torch makes of a damaged or crafted file
+        reason = first_line(error)[:120]
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    if version != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has format {version}, and this version of the project reads only format "
+                        f"{CHECKPOINT_FORMAT}: train again, or use the version that wrote it")
+    return checkpoint
+
+
+def best_model(path: str | Path) -> Path:
+    """Returns the checkpoint that a path means: a file, or best_model.pt of a folder."""
+    return Path(path, "best_model.pt") if Path(path).is_dir() else Path(path)
+
+
 def write_error(path: Path, error: OSError, size: int = 1) -> UserError:
     """The sentence for a file of `size` bytes that could not be written, and why."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -609,8 +648,10 @@ def first_line(error: BaseException) -> str:
 
 
 def say(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
-        print(message, file=sys.stderr, flush=True)
+    """Prints a line of progress on standard error, above a progress bar; the first process only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            tqdm.write(message, file=sys.stderr)
 
 
 say_once = functools.cache(say)  # while the process lives

@@ -27,18 +27,13 @@ import torch
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
-    END_OF_TEXT, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, locate, open_dataset,
-    prepare, progress, story_windows, tokenizer_from_spec, write_error)
-from model import NORM_EPS, ROPE_THETA, Transformer
-from train import choose_device, evaluate, load_checkpoint, log
+    END_OF_TEXT, SAMPLE, Stream, atomic_write, best_model, content, encode_stories, find_streams,
+    load_checkpoint, locate, open_dataset, prepare, progress, say, tokenizer_from_spec, write_error)
+from model import NORM_EPS, ROPE_THETA, Transformer, evaluate, story_windows
+from train import choose_device
 
 BATCH_SIZE = 32
 PROBES = Path(__file__).parent / "data" / "probes.json"
-
-
-def best_model(path: str | Path) -> Path:
-    """Returns the checkpoint that a path means: a file, or best_model.pt of a folder."""
-    return Path(path, "best_model.pt") if Path(path).is_dir() else Path(path)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
@@ -77,13 +72,13 @@ def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
     """Returns a generator on the model's device; without a seed a fresh one, which is printed."""
     if seed is None:
         seed = secrets.randbelow(2**31)
-        log(f"seed {seed}")
+        say(f"seed {seed}")
     return torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
 
 
 def warn_of_unknown(tokenizer, text: str) -> None:
     if unknown := tokenizer.name == "char" and tokenizer.unknown(text):
-        log(f"WARNING: the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
+        say(f"WARNING: the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
              "the model sees an unknown character")
 
 
@@ -213,7 +208,7 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     tokens. loss_by_length: by the story's length in tokens, end-of-text included.
     """
     tokens, eot_id = stream.tokens, tokenizer.eot_id
-    losses, hits = evaluate(model, tokens, eot_id, BATCH_SIZE, contextlib.nullcontext,
+    losses, hits = evaluate(model, tokens, eot_id,
                             lambda batches: progress(batches, len(batches), "loss, in batches"))
     losses = losses.astype(np.float64)
     starts, ends = story_windows(tokens, eot_id, len(tokens)).T
@@ -225,7 +220,7 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
         stderr = math.sqrt(n_stories / (n_stories - 1) * (residuals @ residuals)) / len(losses)
     unknown = int((tokens == tokenizer.unknown_id).sum()) if tokenizer.name == "char" else 0
     if unknown:
-        log(f"WARNING: the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they "
+        say(f"WARNING: the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they "
             "count as one unknown character, so bits per byte is not that of a lossless code")
     windows = story_windows(tokens, eot_id, model.config.max_seq_len)
     positions = np.concatenate([np.arange(end - start) for start, end in windows])
@@ -418,7 +413,7 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
     rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id]
             for prompt, ending in texts]
-    losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id, BATCH_SIZE, contextlib.nullcontext,
+    losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id,
                          lambda batches: progress(batches, len(batches), "probes, in batches"))
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
     scores = (-row[len(tokenizer.encode(prompt)):-1].sum(dtype=np.float64) / len(ending.encode())
@@ -445,27 +440,27 @@ def probe_table(probes: dict[str, dict]) -> str:
 
 def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: argparse.Namespace) -> None:
     """Prints loss, probes and generation quality, what is quick first; or all as one JSON object."""
-    training, say = None, (lambda text: None) if options.json else functools.partial(print, flush=True)
+    training, show = None, (lambda text: None) if options.json else functools.partial(print, flush=True)
     try:
         training, stream = open_streams(checkpoint, options.checkpoint)
     except UserError as error:
         if not options.data:
             raise
-        log(f"WARNING: {error}; copies of training stories cannot be counted")
+        say(f"WARNING: {error}; copies of training stories cannot be counted")
     if options.data:
         stream = read_stream(options.data, tokenizer)
     results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"],
                **{key: stream.info[key] for key in ("dataset", "split", "stories", "tokens", "bytes")},
                "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
                **loss_figures(model, tokenizer, stream)}
-    say(loss_table(results))
+    show(loss_table(results))
     groups = json.loads(PROBES.read_text())
     groups.pop("about")
     results["probes"] = probe_figures(model, tokenizer, groups)
-    say(probe_table(results["probes"]))
+    show(probe_table(results["probes"]))
     results["quality"] = generation_quality(model, tokenizer, stream, training, sampling_of(options),
                                             options.seed or 0)
-    say(quality_table(results["quality"]))
+    show(quality_table(results["quality"]))
     if options.json:
         print(json.dumps(results, indent=1, allow_nan=False))
 
@@ -478,7 +473,7 @@ LOSS_COLOURS = (231, 230, 229, 222, 216, 209, 203, 196)  # of 256; one per nat: 
 def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, float]]:
     """Returns the pieces of a text, tokens or several that share a character, and their losses in nats."""
     tokens = np.array(tokenizer.encode(text))
-    losses, _ = evaluate(model, tokens, tokenizer.eot_id, 1, contextlib.nullcontext)
+    losses, _ = evaluate(model, tokens, tokenizer.eot_id)
     decode, pieces, held_loss = tokenizer.decoder(), [], 0.0
     for token, loss in zip([*tokens, None], [*losses.tolist(), 0.0]):
         held_loss += loss

@@ -5,19 +5,22 @@ The parameters have the names of transformers' Qwen3Model, which loads `state_di
 The last section has PyTorch's functions once more, faster on a CPU: a reader may take them for the originals.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig
+from config import ModelConfig, SamplingConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
 COPY_GAIN, COPY_EMBEDDING_STD = 1.5, 0.2
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}  # elements of the (N, V) matrix in memory
+EVALUATED_AT_ONCE = 32  # windows
 SCATTERS = ("cpu",)  # devices that are faster at changing the target's gradient in place
 ATTENTION_BLOCK = 256  # queries at a time, on a CPU
 
@@ -129,8 +132,8 @@ class Transformer(nn.Module):
         for block in self.layers:
             for projection in (block.self_attn.o_proj, block.mlp.down_proj):
                 projection.weight.div_(math.sqrt(2 * len(self.layers)))
-        if self.config.copy_heads:  # in the last block what they attend to is added as it came in, so that the
-            attention = self.layers[-1].self_attn  # output matrix reads it as "this token again"
+        if self.config.copy_heads:  # what they attend to is added as it came in: "this token again"
+            attention = self.layers[-1].self_attn
             value = attention.v_proj.weight[:self.config.copy_heads * attention.head_dim]
             attention.o_proj.weight[:, :len(value)] = nn.init.orthogonal_(value, gain=COPY_GAIN).mT
             self.embed_tokens.weight.normal_(std=COPY_EMBEDDING_STD)  # not drowned by the blocks
@@ -243,6 +246,48 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None,
     if top_p is not None:
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0)
     return weights, ids
+
+
+# ---------------------------------------------------------------- a loss over stories, a story
+
+def story_windows(tokens: np.ndarray, eot_id: int, seq_len: int) -> np.ndarray:
+    """Returns the (start, end) of every story, (W, 2), end-of-text included; or of pieces of `seq_len`."""
+    ends = [0, *(np.flatnonzero(tokens[:-1] == eot_id) + 1).tolist(), len(tokens)]
+    return np.array([(first, min(first + seq_len, end)) for start, end in itertools.pairwise(ends)
+                     for first in range(start, end, seq_len)])
+
+
+def evaluate(model: Transformer, tokens: np.ndarray, eot_id: int,
+             progress: Callable = iter) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each of the tokens' (N,) cross-entropy in nats, float32, and whether it was the likeliest.
+
+    Each story is predicted from end-of-text and its own beginning, so that the sum of a story's values is its
+    exact negative log-likelihood; beyond max_seq_len the context starts anew. Dropout is off.
+    """
+    device, training = model.embed_tokens.weight.device, model.training
+    previous = np.concatenate(([eot_id], tokens[:-1]))
+    windows = story_windows(tokens, eot_id, model.config.max_seq_len)
+    windows = windows[np.argsort(windows[:, 0] - windows[:, 1], kind="stable")]  # longest first
+    losses, hits = np.empty(len(tokens), np.float32), np.empty(len(tokens), bool)
+    model.eval()
+    for i in progress(range(0, len(windows), EVALUATED_AT_ONCE)):
+        starts, ends = windows[i:i + EVALUATED_AT_ONCE].T[..., None]
+        index = starts + np.arange(ends[0, 0] - starts[0, 0])  # (B, T)
+        inside, index = index < ends, np.minimum(index, ends - 1)  # shorter windows are padded
+        x, y = (torch.from_numpy(a[index].astype(np.int64)).to(device) for a in (previous, tokens))
+        loss, hit = model.token_losses(x, y)
+        losses[index[inside]], hits[index[inside]] = loss.cpu().numpy()[inside], hit.cpu().numpy()[inside]
+    model.train(training)
+    return losses, hits
+
+
+def tell_story(model: Transformer, tokenizer, sampling: SamplingConfig, length: int) -> str:
+    """Returns a story of at most `length` tokens, sampled with a random state of its own."""
+    prompt = [tokenizer.eot_id, *tokenizer.encode("Once upon a time")]
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(sampling.seed or 0)
+    story, = model.generate([prompt], length, sampling.temperature, sampling.top_k, sampling.top_p,
+                            tokenizer.eot_id, generator)
+    return tokenizer.decode(token for token in story if token != tokenizer.eot_id)
 
 
 # ---------------------------------------------------------------- the same functions, faster on a CPU

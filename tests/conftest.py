@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -41,10 +40,6 @@ TINY = {
     "training.checkpoint_interval": 3, "training.use_amp": False, "training.device": "cpu",
 }
 TIMES = ("timestamp", "elapsed_seconds", "tokens_per_second")
-MOMENTS = (  # in the middle of writing a file; just after a rename; between metrics line and checkpoint
-    "write latest.pt", "write best_model.pt", "write metrics.jsonl", "write run.json", "write char-train.bin",
-    "write char.json", "rename previous.pt", "rename latest.pt", "rename best_model.pt", "save")
-ONCE = ("write run.json", "write char-train.bin", "write char.json")  # in a process
 
 
 # ---------------------------------------------------------------- small things to test with
@@ -127,22 +122,17 @@ def one_process(monkeypatch):
 
 @contextlib.contextmanager
 def opened(config: Config, fresh: bool = False):
-    """A Run whose locks end with the block, as they otherwise end with the process."""
-    held, lock = [], train.lock
-    train.lock = lambda directory: held.append(lock(directory)) or held[-1]
-    try:
-        yield train.Run(config, train.Machine(config.training), fresh)
-    finally:
-        train.lock = lock
-        for one in held:
-            one.lock.release()
+    """A Run whose locks end with the block."""
+    run = train.Run(config, train.Machine(config.training), fresh)
+    with run.locks:
+        yield run
 
 
-def go(config: Config, fresh: bool = False) -> train.Run:
+def go(config: Config, fresh: bool = False, clock=time.perf_counter) -> train.Run:
     """Trains as main() does, from the last checkpoint on; the exit code is in `run.code`."""
     with opened(config, fresh) as run:
         train.describe(run)
-        run.code = train.train(run, time.perf_counter())
+        run.code = train.train(run, clock)
         return run
 
 
@@ -239,64 +229,11 @@ def exit_code(pid: int, seconds: float = 60) -> int:
     return os.waitstatus_to_exitcode(ended[1])
 
 
-def kill_at(moment: str, occurrence: int) -> None:
-    """From here on this process kills itself at the given occurrence of a moment of MOMENTS."""
-    def reached(this: str) -> bool:
-        nonlocal occurrence
-        is_it = moment.split()[0] == this.split()[0] and this.endswith(moment.split()[-1])
-        occurrence -= is_it
-        return is_it and occurrence == 0
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    class Torn:
-        """A file of which only a half is written."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, content):
-            self.file.write(content[:len(content) // 2])
-            self.file.flush()
-            die()
-
-    def torn_open(path, mode="r", *args, **kwargs):
-        file = open(path, mode, *args, **kwargs)
-        is_now = mode in ("wb", "ab") and reached(f"write {written(path)}")
-        return Torn(file) if is_now else file
-
-    def replace(old, new, replace=os.replace):
-        replace(old, new)
-        if reached(f"rename {Path(new).name}"):
-            die()
-
-    def save_latest(run, save_latest=train.Run.save_latest):
-        if reached("save"):
-            die()
-        save_latest(run)
-
-    data.open = train.open = torn_open
-    os.replace = replace
-    train.Run.save_latest = save_latest
-
-
-def written(path: str | Path) -> str:
-    """The name that a file will have when it is whole."""
-    return re.sub(r"\.[0-9a-f]{8}\.tmp$", "", Path(path).name)
-
-
 # ---------------------------------------------------------------- how runs are compared
 
 def snapshot(*folders: Path) -> dict:
     """Every file and its bytes, locks and whose they are aside."""
-    paths = (p for folder in folders for p in folder.rglob("*") if p.name not in (".lock", ".pid"))
+    paths = (p for folder in folders for p in folder.rglob("*") if p.name not in (".lock", ".owner"))
     return {p: p.read_bytes() for p in paths if p.is_file()}
 
 
@@ -317,8 +254,8 @@ def flatten(value, name: str = "") -> dict:
 def contents(path: Path) -> dict:
     """All that a checkpoint holds, times and folders aside, bit for bit comparable."""
     flat = flatten(train.load_checkpoint(path))
-    ignored = ("elapsed_seconds", "steps_per_second",  # of a clock, which no two runs share
-               "metrics_bytes", "checkpoint_dir", "log_dir", "data_dir", "dataset")
+    ignored = ("elapsed_seconds", "evaluation_seconds", "steps_per_second",  # of a clock
+               "metrics", "checkpoint_dir", "log_dir", "data_dir", "dataset")
     return {k: (v.dtype, tuple(v.shape), v.numpy().tobytes()) if isinstance(v, torch.Tensor) else v
             for k, v in flat.items() if k.split(".")[-1] not in ignored}
 

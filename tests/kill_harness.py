@@ -3,12 +3,12 @@
     python tests/kill_harness.py --kills 60
 
 A run is started again, in a new process, until it is done; then a new one begins, until the kills are spent.
-conftest.py has the parts.
 """
 
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +17,64 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import MOMENTS, ONCE, differences, kill_at, metrics, tiny_config
+from conftest import differences, metrics, tiny_config
 
+import data
 import train
 from config import config, run_main
+
+MOMENTS = (  # in the middle of writing a file; just after a rename; between metrics and checkpoint
+    "write latest.pt", "write best_model.pt", "write metrics.jsonl", "write run.json", "write char-train.bin",
+    "write char.json", "rename previous.pt", "rename latest.pt", "rename best_model.pt",
+    "rename metrics.jsonl", "save")
+ONCE = ("write run.json", "write char-train.bin", "write char.json")  # in a process
+
+
+def kill_at(moment: str, occurrence: int) -> None:
+    """From here on this process kills itself at the given occurrence of a moment of MOMENTS."""
+    def reached(this: str) -> bool:
+        nonlocal occurrence
+        is_it = moment.split()[0] == this.split()[0] and this.endswith(moment.split()[-1])
+        occurrence -= is_it
+        return is_it and occurrence == 0
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Torn:
+        """A file of which only a half is written."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[:len(content) // 2])
+            self.file.flush()
+            die()
+
+    def torn_open(path, mode="r", *args, **kwargs):
+        file, whole = open(path, mode, *args, **kwargs), re.sub(r"\.[0-9a-f]{8}\.tmp$", "", Path(path).name)
+        return Torn(file) if mode == "wb" and reached(f"write {whole}") else file
+
+    def replace(old, new, replace=os.replace):
+        replace(old, new)
+        if reached(f"rename {Path(new).name}"):
+            die()
+
+    def save_latest(run, save_latest=train.Run.save_latest):
+        if reached("save"):
+            die()
+        save_latest(run)
+
+    data.open = torn_open
+    os.replace = replace
+    train.Run.save_latest = save_latest
 
 
 def start(folder: Path, seed: int, moment: str = "", occurrence: int = 0) -> subprocess.Popen:

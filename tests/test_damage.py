@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -82,16 +81,15 @@ def test_previous_serves_where_latest_is_damaged(halfway, reference, capsys, kin
     assert differences(folder, reference) == []
 
 
-def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_sentence_and_kept(halfway):
+def test_a_checkpoint_of_another_format_is_refused_in_one_sentence_and_kept(halfway):
     folder, config = halfway
-    for name in ("latest.pt", "previous.pt"):
+    for name in ("latest.pt", "previous.pt", "best_model.pt"):
         path = folder / "checkpoints" / name
-        checkpoint = train.load_checkpoint(path)
-        checkpoint["weights"] = checkpoint.pop("last_weights")
-        replace_checkpoint(folder, saved({**checkpoint, **checkpoint.pop("state"), "format": 2}), name)
-        assert train.load_checkpoint(path)["format"] == 2  # eval.py reads it
+        replace_checkpoint(folder, saved({**train.load_checkpoint(path), "format": 2}), name)
+        with pytest.raises(UserError, match="has format 2, and this version .* reads only"):
+            train.load_checkpoint(path)
     before = snapshot(folder)
-    with pytest.raises(UserError, match=r"latest.pt .* earlier version.*nothing to resume from: use --fresh"):
+    with pytest.raises(UserError, match=r"latest.pt has format 2.*nothing to resume from: use --fresh"):
         go(config)
     assert snapshot(folder) == before
 
@@ -114,17 +112,15 @@ def test_without_a_usable_checkpoint_nothing_is_overwritten_and_fresh_starts_ane
 
 @needs_dev_full
 @pytest.mark.parametrize(
-    "name", ["checkpoints/latest.pt.7.tmp", "checkpoints/best_model.pt.7.tmp", "logs/metrics.jsonl"])
+    "name", ["checkpoints/latest.pt.7.tmp", "checkpoints/best_model.pt.7.tmp", "logs/metrics.jsonl.7.tmp"])
 def test_a_full_disk_while_training(halfway, reference, capsys, monkeypatch, name):
     monkeypatch.setattr(data.secrets, "token_hex", lambda n: "7")
     folder, config = halfway
     with opened(config) as run, pytest.raises(SystemExit) as ended:
-        if (folder / name).exists():
-            (folder / name).rename(folder / "aside")
         (folder / name).symlink_to("/dev/full")
         kept = (run.latest, run.folder / "previous.pt")
         before = [p.read_bytes() for p in kept]
-        run_main(lambda: train.train(run, time.perf_counter()))
+        run_main(lambda: train.train(run))
     error = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2
     path = folder / name.removesuffix(".7.tmp")
@@ -132,9 +128,6 @@ def test_a_full_disk_while_training(halfway, reference, capsys, monkeypatch, nam
     assert error.startswith(full)
     assert error.endswith("are free; make space and run the same command again") and "Traceback" not in error
     assert [p.read_bytes() for p in kept] == before and not list(folder.glob("checkpoints/*.tmp"))
-    if name.endswith("jsonl"):
-        (folder / name).unlink()
-        (folder / "aside").rename(folder / name)
     assert go(config).code == 0
     assert differences(folder, reference) == []
 
@@ -149,7 +142,7 @@ def test_no_space_for_the_whole_checkpoint(halfway, reference, capfd, share):
         def work():
             most = max(3000, int(share * size))
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-            return train.train(run, time.perf_counter())
+            return train.train(run)
 
         assert exit_code(forked(work)) == 2
     assert f"error: cannot write {folder / 'checkpoints'}" in capfd.readouterr().err
@@ -257,7 +250,7 @@ def test_a_second_trainer_stops_and_the_lock_of_a_killed_one_does_not_block(tmp_
 @pytest.mark.parametrize(("setting", "old", "new"), [
     ("training.batch_size", 4, 8), ("training.tokenizer_type", "'char'", "'bpe'"), ("model.d_ff", 32, 64),
     ("training.seed", 1337, 1), ("data.max_stories", 10_000, 20),
-    ("training.optimizer", "'muon'", "'adamw'")])
+    ("training.optimizer", "'muon'", "'adamw'"), ("training.eval_batches", 1, 2)])
 def test_another_setting_is_an_error_that_changes_nothing(halfway, setting, old, new):
     folder, config = halfway
     before = snapshot(folder)
@@ -345,20 +338,71 @@ def test_any_damage_to_a_stream_or_its_description_is_noticed(tmp_path):
 
 # ---------------------------------------------------------------- metrics.jsonl
 
-@pytest.mark.parametrize("tail", [b'{"step": 24, "train_lo', b'{"step": 24}\n{"step": 30}\n', b"\0\0\0\0"])
-def test_metrics_beyond_the_checkpoint_are_cut_off(halfway, reference, tail):
+@pytest.mark.parametrize("change", [
+    lambda text: text + b'{"step": 24, "train_lo', lambda text: text + b'{"step": 24}\n{"step": 30}\n',
+    lambda text: text + b"\0\0\0\0", lambda text: text[:500], lambda text: b""])
+def test_metrics_are_those_of_the_checkpoint_whatever_became_of_the_file(halfway, reference, change):
     folder, config = halfway
-    with open(folder / "logs" / "metrics.jsonl", "ab") as file:
-        file.write(tail)
+    log = folder / "logs" / "metrics.jsonl"
+    log.write_bytes(change(log.read_bytes()))
     assert go(config).code == 0
     assert differences(folder, reference) == []
+    assert not list(folder.glob("logs/old-*"))
 
 
-def test_lost_metrics_are_a_warning_and_the_rest_stays_readable(halfway, reference, capsys):
+def logs_of_others(folder):
+    return sorted(path.read_bytes() for path in folder.glob("logs/old-*/metrics.jsonl"))
+
+
+def test_two_runs_that_share_a_log_folder_keep_their_lines_apart(tmp_path, capsys):
+    """The one's lines are moved aside when the other begins or goes on, and come back from its checkpoint."""
+    one = tiny_config(tmp_path, training__max_steps=12, training__checkpoint_dir=str(tmp_path / "one"))
+    other = tiny_config(tmp_path, training__max_steps=9, training__eval_interval=3, training__seed=5,
+                        training__checkpoint_dir=str(tmp_path / "other"))
+    go(one)
+    first = (tmp_path / "logs" / "metrics.jsonl").read_bytes()
+    go(other)
+    second = (tmp_path / "logs" / "metrics.jsonl").read_bytes()
+    assert [line["step"] for line in metrics(tmp_path)] == [3, 6, 9] and logs_of_others(tmp_path) == [first]
+    one.training.max_steps = 16
+    capsys.readouterr()
+    go(one)
+    assert capsys.readouterr().err.count("another run's files are now in") == 1
+    assert (tmp_path / "logs" / "metrics.jsonl").read_bytes().startswith(first)
+    assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 12, 16]
+    assert logs_of_others(tmp_path) == sorted([first, second])
+
+
+def test_a_copied_checkpoint_folder_that_both_are_continued_from_cuts_nothing(halfway):
     folder, config = halfway
-    os.truncate(folder / "logs" / "metrics.jsonl", 500)  # in the middle of a line
+    shutil.copytree(folder / "checkpoints", folder / "copy")
+    config.training.max_steps = 16
+    go(config)
+    first = (folder / "logs" / "metrics.jsonl").read_bytes()
+    config.training.checkpoint_dir, config.training.eval_interval = str(folder / "copy"), 5
+    go(config)
+    assert logs_of_others(folder) == [first]
+    assert [line["step"] for line in metrics(folder)] == [4, 8, 15, 16]
+
+
+def test_a_run_that_was_moved_with_its_logs_goes_on_in_them(halfway, reference):
+    folder, config = halfway
+    moved = folder.rename(folder.parent / "elsewhere")
+    for name in ("checkpoint_dir", "log_dir"):
+        setattr(config.training, name, str(moved / Path(getattr(config.training, name)).name))
+    config.data.data_dir = str(moved / "data")
     assert go(config).code == 0
-    assert "has lost lines since the checkpoint" in capsys.readouterr().err
-    lines = metrics(folder)
-    assert [line["step"] for line in lines] == [4, 12, 16, 20, 24]
-    assert all(line in metrics(reference) for line in lines)
+    assert differences(moved, reference) == [] and not list(moved.glob("logs/old-*"))
+
+
+def test_a_finished_run_whose_best_model_is_gone_says_so(halfway, capsys):
+    _, config = halfway
+    with opened(config) as run:
+        assert train.train(run) == 0
+        train.close(run)
+        assert "best validation loss" in capsys.readouterr().out
+        run.best.unlink()
+    with opened(config) as run:
+        assert train.train(run) == 0
+        train.close(run)
+    assert f"this run is complete, but {run.best} is missing" in capsys.readouterr().err

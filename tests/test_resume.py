@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    MOMENTS, ONCE, ROOT, Killed, before_step, command_line, contents, differences, exit_code, forked, go,
-    kill_at, metrics, needs_gpt2, raises, signals, snapshot, stop_after, tiny_config)
+    ROOT, Killed, before_step, command_line, contents, differences, exit_code, forked, go, metrics,
+    needs_gpt2, raises, signals, snapshot, stop_after, tiny_config)
+from kill_harness import MOMENTS, ONCE, kill_at
 
 import data
 import train
@@ -55,7 +55,7 @@ def test_a_stop_where_an_evaluation_is_due_or_at_the_end_loses_no_line(halfway, 
 
 
 def test_evaluation_does_not_change_the_weights(reference, tmp_path):
-    go(tiny_config(tmp_path, training__eval_interval=7, training__eval_batches=3))
+    go(tiny_config(tmp_path, training__eval_interval=7))
     often, seldom = (contents(f / "checkpoints" / "latest.pt") for f in (reference, tmp_path))
     assert all(often[k] == seldom[k] for k in often if k.startswith(("model.", "optimizer.")))
 
@@ -212,12 +212,11 @@ def test_two_processes_go_on_where_one_stopped_and_one_where_two_stopped(tmp_pat
 
     def first() -> int:
         # A clock of its own: one process shows its progress when the other sees no reason to.
-        train.time = types.SimpleNamespace(perf_counter=lambda: 10**6 * time.perf_counter())
-        return go(config).code
+        return go(config, clock=lambda: 10**6 * time.perf_counter()).code
 
     def second() -> int:
         refuse = raises(AssertionError("only the first process writes"))
-        train.save_checkpoint = train.atomic_write = train.append_line = train.open = refuse
+        train.save_checkpoint = train.atomic_write = refuse
         with before_step(15, signals(signal.SIGTERM)):  # only one of them hears it
             return go(config).code
 

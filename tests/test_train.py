@@ -10,9 +10,7 @@ import math
 import random
 import resource
 import signal
-import time
 import tracemalloc
-import types
 from unittest import mock
 
 import numpy as np
@@ -38,7 +36,8 @@ def test_muon_is_torch_optims(monkeypatch, exact):
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     theirs = [p.detach().clone().requires_grad_() for p in matrices]
     before = [p.detach().clone() for p in matrices]
-    monkeypatch.setattr(train, "matmul_dtype", lambda device: torch.float32 if exact else torch.bfloat16)
+    dtype = torch.float32 if exact else torch.bfloat16
+    monkeypatch.setattr(train, "choose_precision", lambda device: (dtype, "a test"))
     if exact:
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     training = TrainingConfig(learning_rate=0.02, weight_decay=0.3)
@@ -82,13 +81,26 @@ def test_the_embedding_and_the_norms_are_adamws(monkeypatch):
     (0, 0.25), (1, 0.5), (2, 0.75), (3, 1), (4, 1), (9, 1), (10, 1),  # four steps of warm-up, then constant
     (11, 0.9), (15, 0.5), (19, 0.1), (20, 0)])  # the decay, from 10 to the end at 20
 def test_the_learning_rate(step, rate):
-    assert train.learning_rate(step, 3.0, 4, 10, 20) == pytest.approx(3 * rate)
-    assert train.learning_rate(step, 3.0, 4, 10.0, 20) == pytest.approx(3 * rate)
+    training = TrainingConfig(learning_rate=3.0, warmup_steps=4, decay_fraction=0.5)
+    assert train.learning_rate(step, step / 20, training) == pytest.approx(3 * rate)
 
 
 def test_the_learning_rate_without_warm_up_or_decay_and_where_they_overlap():
-    assert [train.learning_rate(step, 2.0, 0, 4, 4) for step in range(5)] == [2, 2, 2, 2, 0]
-    assert [train.learning_rate(step, 8.0, 8, 0, 8) for step in range(9)] == [1, 2, 3, 4, 4, 3, 2, 1, 0]
+    constant = TrainingConfig(learning_rate=2.0, warmup_steps=0, decay_fraction=0)
+    assert [train.learning_rate(step, step / 4, constant) for step in range(5)] == [2, 2, 2, 2, 0]
+    both = TrainingConfig(learning_rate=8.0, warmup_steps=8, decay_fraction=1)
+    assert [train.learning_rate(step, step / 8, both) for step in range(9)] == [1, 2, 3, 4, 4, 3, 2, 1, 0]
+
+
+def test_the_rates_of_a_run_are_those_of_its_steps(tmp_path, monkeypatch):
+    """The share of the run, added up step by step, gives each step's share to the last bits."""
+    rates = []
+    monkeypatch.setattr(train, "average_weights", lambda *args: None)
+    monkeypatch.setattr(train, "train_step", lambda loss_of, optimizer, *args: (
+        rates.append(optimizer.param_groups[0]["lr"]), (torch.ones(()), torch.ones(())))[1])
+    run = go(tiny_config(tmp_path, training__max_steps=700, training__eval_interval=700))
+    expected = [train.learning_rate(step, step / 700, run.config.training) for step in range(700)]
+    assert rates == pytest.approx(expected, rel=1e-9) and run.state.progress == 1
 
 
 def test_a_run_learns_more_than_how_often_each_token_occurs(tmp_path):
@@ -152,12 +164,12 @@ def test_a_float16_overflow_skips_the_whole_step_and_halves_the_scale(tmp_path, 
     assert scaler.get_scale() == 512 and not any(torch.equal(weights[k], after[k]) for k in weights)
 
 
-def test_float16_training_logs_an_overflow_and_resumes_exactly(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "choose_precision", lambda device, use_amp: (torch.float16, "a test"))
+def test_float16_training_skips_an_overflow_and_resumes_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "choose_precision", lambda *args: (torch.float16, "a test"))
     overflowing = functools.partial(torch.amp.GradScaler, init_scale=2.0**26, growth_interval=5)  # at once
     monkeypatch.setattr(torch.amp, "GradScaler", overflowing)
     whole = go(tiny_config(tmp_path / "whole"))
-    assert "float16 overflowed, step skipped, loss scale now" in capsys.readouterr().err
+    assert whole.scaler.get_scale() < 2.0**26
     config = tiny_config(tmp_path / "pieces")
     stop_after(config, 7)
     run = go(config)
@@ -167,25 +179,26 @@ def test_float16_training_logs_an_overflow_and_resumes_exactly(tmp_path, monkeyp
 
 # ---------------------------------------------------------------- a budget of time
 
+class Clock:
+    """Seconds that pass when a step is made: `cost(step)` of them."""
+
+    def __init__(self):
+        self.now, self.cost = 1000.0, lambda step: 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock of its own for train.py: `clock.now` in seconds, and `clock.cost(step)`, what a step takes."""
-    clock = types.SimpleNamespace(now=1000.0, cost=lambda step: 1.0)
+    clock = Clock()
 
     def next_step(run, next_step=train.next_step):
         clock.now += clock.cost(run.state.step + 1)
         return next_step(run)
 
     monkeypatch.setattr(train, "next_step", next_step)
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
-
-
-def go_by(clock, config, **ignored) -> train.Run:
-    """Trains by the simulated clock, as main() does; `run.code` is the exit code."""
-    with opened(config) as run:
-        run.code = train.train(run, clock.now)
-        return run
 
 
 def budget_config(folder, seconds: float, **settings):
@@ -194,7 +207,7 @@ def budget_config(folder, seconds: float, **settings):
 
 def test_max_minutes_is_used_up_although_the_first_steps_were_slow(tmp_path, clock):
     clock.cost = lambda step: 7.0 if step <= 4 else 1.0
-    run = go_by(clock, budget_config(tmp_path, 200))
+    run = go(clock=clock, config=budget_config(tmp_path, 200))
     assert run.code == 0 and 0.95 * 200 < run.state.elapsed_seconds <= 200
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}  # constant for 80 s, then down to zero
     assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0
@@ -204,7 +217,7 @@ def test_max_minutes_is_used_up_although_the_first_steps_were_slow(tmp_path, clo
 def test_a_run_with_max_minutes_killed_after_a_checkpoint_is_the_undisturbed_run(
         tmp_path, clock, monkeypatch, interval):
     settings = {"training__checkpoint_interval": interval, "training__early_stopping_evals": None}
-    whole = go_by(clock, budget_config(tmp_path / "whole", 100, **settings))
+    whole = go(clock=clock, config=budget_config(tmp_path / "whole", 100, **settings))
     assert whole.state.end == whole.state.step and 90 < whole.state.step <= 100
     config, saves, kills = budget_config(tmp_path / "killed", 100, **settings), itertools.count(1), 0
 
@@ -217,13 +230,14 @@ def test_a_run_with_max_minutes_killed_after_a_checkpoint_is_the_undisturbed_run
     monkeypatch.setattr(train.Run, "save_latest", save_latest)
     while True:
         try:
-            run = go_by(clock, config)
+            run = go(clock=clock, config=config)
             break
         except Killed:
             kills += 1
             clock.now += 1234.5  # the time in which nothing runs does not count
     assert kills >= 6 and run.code == 0 and run.state.step == whole.state.step
     assert differences(tmp_path / "killed", tmp_path / "whole") == []
+    run.state.metrics = whole.state.metrics  # compared above, their timestamps aside
     assert run.state == whole.state  # times, too
 
 
@@ -232,23 +246,22 @@ def test_the_plan_of_the_end_goes_on_after_a_stop_until_it_is_renewed(tmp_path, 
     config = budget_config(tmp_path, 200, training__checkpoint_interval=10)
     step, act = (105, signals(signal.SIGTERM)) if ending == "SIGTERM" else (106, raises(Killed()))
     with before_step(step, act), contextlib.suppress(Killed):
-        assert go_by(clock, config).code == 143
+        assert go(clock=clock, config=config).code == 143
     saved = train.load_checkpoint(tmp_path / "checkpoints" / "latest.pt")["state"]
     assert saved["step"] == (105 if ending == "SIGTERM" else 100)
-    assert saved["decay_start"] is not None and saved["end"] > saved["step"]
+    assert saved["progress"] > 0.4 and config.training.max_steps > saved["end"] > saved["step"]
     clock.cost = lambda step: 2.0  # slower now, but this is known only at the next checkpoint
-    plans = {}
+    ends = {}
 
     def watch(run, next_step=train.next_step):
-        plans[run.state.step + 1] = run.plan()
+        ends[run.state.step + 1] = run.state.end
         return next_step(run)
 
     with mock.patch.object(train, "next_step", watch):
-        run = go_by(clock, config)
+        run = go(clock=clock, config=config)
     renewed = saved["step"] // 10 * 10 + 10
-    plan = (saved["decay_start"], saved["end"])
-    assert all(plans[step] == plan for step in range(saved["step"] + 1, renewed + 1))
-    assert plans[renewed + 1][1] < saved["end"]
+    assert all(ends[step] == saved["end"] for step in range(saved["step"] + 1, renewed + 1))
+    assert ends[renewed + 1] < saved["end"]
     assert run.code == 0 and 190 <= run.state.elapsed_seconds <= 210
 
 
@@ -268,7 +281,7 @@ def test_a_run_ends_within_its_budget_whatever_its_speed(
         tmp_path, clock, monkeypatch, kind, seed, decay_fraction, evaluation):
     budget, rates = 1000.0, []
 
-    def evaluate(model, tokens, *args):
+    def evaluate(model, tokens, eot_id):
         clock.now += evaluation
         return np.ones(len(tokens), np.float32), None
 
@@ -290,15 +303,14 @@ def test_a_run_ends_within_its_budget_whatever_its_speed(
     config = budget_config(
         tmp_path, budget, training__decay_fraction=decay_fraction, training__warmup_steps=20,
         training__eval_interval=50, training__checkpoint_interval=None, training__early_stopping_evals=None)
-    run = go_by(clock, config)
+    run = go(clock=clock, config=config)
     clock.now += evaluation  # the closing story
     used = clock.now - began
     peak = max(rates)
     falls = next(i for i, rate in enumerate(rates) if i >= 20 and rate < peak)
-    assert run.code == 0 and len(rates) == run.state.step == run.plan()[1]
+    assert run.code == 0 and len(rates) == run.state.step == run.state.end and run.state.progress == 1
     assert 0.95 * budget <= used <= 1.05 * budget
     assert peak == pytest.approx(config.training.learning_rate, rel=1e-3) and rates[-1] < 0.15 * peak
-    assert train.learning_rate(run.state.step, peak, 20, *run.plan()) == 0
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[falls:]))
 
 
@@ -328,17 +340,17 @@ def test_early_stopping_decays_the_rate_ends_and_keeps_the_best(
     config = tiny_config(tmp_path, training__max_steps=1000, training__early_stopping_evals=2,
                          training__decay_fraction=decay_fraction)
     stopped = stop_after(config, 22)  # in the decay, which begins at 20, after two evaluations that are worse
-    assert stopped.plan() == (20, planned)  # 20 is the part of the run before the decay
+    assert stopped.state.end == planned  # of which the 20 before the decay are the constant part
     run = go(config)
     assert run.code == 0
-    assert run.state.step == evaluated[-1] == run.plan()[1]  # no better loss in the decay, either
+    assert run.state.step == evaluated[-1] == run.state.end  # no better loss in the decay, either
     assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 12, 16, 20, *evaluated]
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}
     assert rates[20] == config.training.learning_rate
     for step in evaluated:
         assert rates[step] == pytest.approx(rates[20] * (planned - step + 1) / (planned - 20))
     best = train.load_checkpoint(run.best)
-    assert (best["step"], best["val_loss"]) == (12, 2.0)
+    assert (best["step"], run.state.best_loss) == (12, 2.0)
     assert go(config).state.step == evaluated[-1]
 
 
@@ -347,12 +359,12 @@ def test_a_run_that_overfits_ends_without_a_decay(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "evaluate", lambda model, tokens, *args: (
         np.full(len(tokens), next(losses), np.float32), None))
     run = go(tiny_config(tmp_path, training__max_steps=1000, training__early_stopping_evals=2))
-    assert run.state.step == run.plan()[1] == 16 and train.load_checkpoint(run.best)["step"] == 8
+    assert run.state.step == run.state.end == 16 and train.load_checkpoint(run.best)["step"] == 8
     assert metrics(tmp_path)[-1]["lr"] == run.config.training.learning_rate
     assert "no better loss in 2 evaluations: the run ends here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("batch_size", "interval"), [(1, 250), (2, 178), (32, 100)])
+@pytest.mark.parametrize(("batch_size", "interval"), [(1, 250), (2, 179), (32, 100)])
 def test_a_run_is_evaluated_once_an_epoch_but_not_too_often(tmp_path, batch_size, interval):
     config = tiny_config(tmp_path, training__batch_size=batch_size, training__eval_interval=None)
     with opened(config) as run:
@@ -371,7 +383,7 @@ def test_the_kept_model_is_the_average_of_the_last_steps(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, training__max_steps=12, training__eval_interval=12)
     with opened(config) as run:
         average = [p.detach().double().clone() for p in run.model.parameters()]
-        assert train.train(run, time.perf_counter()) == 0
+        assert train.train(run) == 0
     for step, weights in enumerate(seen, 1):
         rate = max(1 / 50, 10 / (step + 10))
         average = [rate * w + (1 - rate) * a for w, a in zip(weights, average)]
@@ -386,7 +398,7 @@ def test_the_kept_model_is_the_average_of_the_last_steps(tmp_path, monkeypatch):
 def test_the_average_costs_no_memory_as_the_run_goes_on(tmp_path):
     config = tiny_config(tmp_path, training__max_steps=5)
     with opened(config) as run:
-        assert train.train(run, time.perf_counter()) == 0
+        assert train.train(run) == 0
     tensors = list(run.average.parameters())
     assert tensors and not any(p.requires_grad for p in tensors)
     assert all(p.grad_fn is None and p.grad is None for p in tensors)
@@ -412,7 +424,7 @@ def test_the_average_costs_no_memory_as_the_run_goes_on(tmp_path):
 
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(tmp_path, monkeypatch, capsys):
     # Muon in bfloat16 can make 1e-4 of 1e-8
-    monkeypatch.setattr(train, "matmul_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(train, "choose_precision", lambda *args: (torch.float32, "a test"))
     settings = {"model__dropout": 0, "training__max_steps": 8}
     whole = go(tiny_config(tmp_path / "whole", **settings))
     calls, forward = itertools.count(1), train.Objective.forward
