@@ -128,43 +128,35 @@ def from_all_processes(*values: float) -> Tensor:
 # ---------------------------------------------------------------- optimizer and schedule
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the groups with `muon=True`, whose parameters are matrices.
+    """AdamW, and Muon for the groups with `muon=True`, whose parameters are matrices of one shape.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest
     semi-orthogonal matrix, scaled here to the size of an AdamW step (Liu et al. 2025, arXiv:2502.16982), so
-    that one learning rate serves both. torch.optim.Muon takes a matrix at a time, this all of one shape.
+    that one learning rate serves both. torch.optim.Muon takes a matrix at a time, this all of a group.
     """
 
     MOMENTUM, ITERATIONS = 0.9, 3  # five take a tenth more time on a CPU and teach hardly more
 
-    def __init__(self, groups: list[dict], **options):
-        super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # GradScaler skips the whole step, not only AdamW's part
-
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            if group.get("muon"):
-                shapes = defaultdict(list)
-                for p in group["params"]:
-                    shapes[p.shape].append(p)
-                for parameters in shapes.values():
-                    self._muon_step(parameters, group["lr"], group["weight_decay"])
+            if group["muon"]:
+                self._muon_step(group["params"], group["lr"], group["weight_decay"])
         super().step()
 
     def _muon_step(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        gradients, momenta = [p.grad for p in parameters], []
-        for p in parameters:
-            if not self.state[p]:  # AdamW's loader looks for `step`
-                self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
-            momenta.append(self.state[p]["momentum"])
-            p.grad = None  # AdamW passes over it
-        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-        nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
-        updates = orthogonalize(torch.stack(nesterov), self.ITERATIONS).to(parameters[0].dtype)
-        scale = 0.2 * math.sqrt(max(parameters[0].shape))
+        gradients = torch.stack([p.grad for p in parameters])  # (K, rows, columns)
+        state = self.state[parameters[0]]
+        if not state:
+            state.update(momentum=torch.zeros_like(gradients), step=torch.zeros(()))  # which AdamW loads
+        momentum = state["momentum"].lerp_(gradients, 1 - self.MOMENTUM)
+        nesterov = gradients.lerp_(momentum, self.MOMENTUM)
+        updates = orthogonalize(nesterov, self.ITERATIONS).to(nesterov.dtype)
+        scale = 0.2 * math.sqrt(max(nesterov.shape[1:]))
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, updates.unbind(), alpha=-lr * scale)
+        for p in parameters:
+            p.grad = None  # so that AdamW passes over it
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
@@ -185,13 +177,16 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them.
     """
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p not in set(matrices)]
-    groups = [{"params": matrices, "muon": training.optimizer == "muon"},
-              {"params": [p for p in others if p.ndim == 2]},
-              {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0}]
-    return Muon(groups, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.98),
-                fused=matrices[0].device.type in ("cpu", "cuda"))
+    by_shape, matrices = defaultdict(list), {p for p in model.layers.parameters() if p.ndim == 2}
+    for p in model.parameters():
+        by_shape[p.shape, p in matrices].append(p)
+    optimizer = Muon([{"params": same, "muon": is_matrix and training.optimizer == "muon",
+                       "weight_decay": training.weight_decay if len(shape) == 2 else 0.0}
+                      for (shape, is_matrix), same in by_shape.items()],
+                     lr=training.learning_rate, betas=(0.9, 0.98),
+                     fused=model.embed_tokens.weight.device.type in ("cpu", "cuda"))
+    optimizer._step_supports_amp_scaling = False  # GradScaler skips the whole step, not only AdamW's part
+    return optimizer
 
 
 def learning_rate(step: int, progress: float, training: TrainingConfig) -> float:
@@ -682,23 +677,15 @@ def show_progress(run: Run, bar: tqdm, tokens_per_second: float) -> None:
 def describe(run: Run) -> None:
     """Writes logs/run.json and prints what will run, on what, and why."""
     counts, machine = run.model.parameter_counts(), run.machine
-    tokenizer, info = run.tokenizer, run.dataset["train"]
-    is_cuda, precision = machine.device.type == "cuda", str(machine.dtype).removeprefix("torch.")
+    tokenizer, info, is_cuda = run.tokenizer, run.dataset["train"], machine.device.type == "cuda"
     name = torch.cuda.get_device_name(machine.device) if is_cuda else f"{torch.get_num_threads()} threads"
-    about = {"config": dataclasses.asdict(run.config), "parameters": counts, "dataset": run.dataset,
-             "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size},
-             "device": f"{machine.device} ({name})", "precision": precision, "compile": machine.compiles,
-             "processes": machine.world, "python": platform.python_version(), "torch": torch.__version__,
-             "platform": platform.platform(), "command": sys.argv,
-             "checkpoint_dir": os.path.realpath(run.folder),
-             "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    device = (f"{machine.device} ({name}), {str(machine.dtype).removeprefix('torch.')} ({machine.reason}), "
+              f"torch.compile {'on' if machine.compiles else 'off'}, {machine.world} processes")
     steps_per_epoch = run.batches.windows_per_epoch / run.config.training.batch_size
-    compiling = "on" if machine.compiles else "off"
     say(f"data: {info['dataset']}, {info['stories']:,} stories, {info['tokens']:,} tokens of the "
         f"{tokenizer.name} tokenizer ({tokenizer.vocab_size:,}); {steps_per_epoch:,.1f} steps per epoch\n"
         f"model: {counts['total']:,} parameters, {counts['blocks']:,} of them in the blocks\n"
-        f"device: {about['device']}, {precision} ({machine.reason}), torch.compile {compiling}"
-        + (f", {machine.world} processes" if machine.world > 1 else ""))
+        f"device: {device.removesuffix(', 1 processes')}")
     if machine.device.type == "cpu" and run.tokens_per_step > 4096:
         say("without a GPU, --preset laptop learns more in the same time")
     if machine.compiles:
@@ -706,6 +693,10 @@ def describe(run: Run) -> None:
     if run.fell_back:
         say(FELL_BACK)
     if machine.rank == 0:
+        about = {"config": dataclasses.asdict(run.config), "parameters": counts, "dataset": run.dataset,
+                 "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size}, "device": device,
+                 "python": platform.python_version(), "torch": torch.__version__, "command": sys.argv,
+                 "platform": platform.platform(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         with atomic_write(run.log_dir / "run.json") as file:
             file.write(json.dumps(about, indent=1).encode())
 
