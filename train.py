@@ -56,7 +56,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_precision(device: torch.device, use_amp: bool = True) -> tuple[torch.dtype, str]:
+def choose_precision(device: torch.device, use_amp: bool) -> tuple[torch.dtype, str]:
     """Returns the dtype in which the device multiplies matrices fastest, and the reason for it."""
     if not use_amp:
         return torch.float32, "training.use_amp is false"
@@ -128,7 +128,7 @@ def from_all_processes(*values: float) -> Tensor:
 # ---------------------------------------------------------------- optimizer and schedule
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the groups with `muon=True`, whose parameters are matrices of one shape.
+    """AdamW, and Muon for the groups whose `muon` is a dtype: matrices of one shape, orthogonalised in it.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest
     semi-orthogonal matrix, scaled here to the size of an AdamW step (Liu et al. 2025, arXiv:2502.16982), so
@@ -141,30 +141,30 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         for group in self.param_groups:
             if group["muon"]:
-                self._muon_step(group["params"], group["lr"], group["weight_decay"])
+                self._muon_step(**group)
         super().step()
 
-    def _muon_step(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        gradients = torch.stack([p.grad for p in parameters])  # (K, rows, columns)
-        state = self.state[parameters[0]]
+    def _muon_step(self, params: list[Tensor], lr: float, weight_decay: float, muon: torch.dtype,
+                   **others) -> None:
+        gradients, state = torch.stack([p.grad for p in params]), self.state[params[0]]  # (K, rows, columns)
         if not state:
             state.update(momentum=torch.zeros_like(gradients), step=torch.zeros(()))  # which AdamW loads
         momentum = state["momentum"].lerp_(gradients, 1 - self.MOMENTUM)
         nesterov = gradients.lerp_(momentum, self.MOMENTUM)
-        updates = orthogonalize(nesterov, self.ITERATIONS).to(nesterov.dtype)
+        updates = orthogonalize(nesterov, self.ITERATIONS, muon).to(nesterov.dtype)
         scale = 0.2 * math.sqrt(max(nesterov.shape[1:]))
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        torch._foreach_add_(parameters, updates.unbind(), alpha=-lr * scale)
-        for p in parameters:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
+        for p in params:
             p.grad = None  # so that AdamW passes over it
 
 
-def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
     """Returns, for each of (K, rows, columns), about U V^T of its singular value decomposition, by the
     Newton-Schulz iteration with Jordan's quintic coefficients.
     """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.to(choose_precision(x.device)[0])  # only now: a small norm underflows in float16
+    x = x.to(dtype)  # only now: a small norm underflows in float16
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     for _ in range(iterations):
@@ -174,13 +174,13 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizer(model: Transformer, training: TrainingConfig) -> Muon:
+def make_optimizer(model: Transformer, training: TrainingConfig, dtype: torch.dtype) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them.
     """
     by_shape, matrices = defaultdict(list), {p for p in model.layers.parameters() if p.ndim == 2}
     for p in model.parameters():
         by_shape[p.shape, p in matrices].append(p)
-    optimizer = Muon([{"params": same, "muon": is_matrix and training.optimizer == "muon",
+    optimizer = Muon([{"params": same, "muon": dtype if is_matrix and training.optimizer == "muon" else None,
                        "weight_decay": training.weight_decay if len(shape) == 2 else 0.0}
                       for (shape, is_matrix), same in by_shape.items()],
                      lr=training.learning_rate, betas=(0.9, 0.98),
@@ -363,7 +363,7 @@ class Run:
         torch.manual_seed(training.seed)
         self.model = Transformer(config.model, self.tokenizer.vocab_size).to(machine.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, training)
+        self.optimizer = make_optimizer(self.model, training, machine.dtype)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = State(training.max_steps)
         if checkpoint:

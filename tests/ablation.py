@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as model_module
 from config import Config
 from data import Batches, prepare
-from model import Transformer
+from model import Transformer, evaluate
 from train import (
-    Machine, Muon, Objective, evaluate, keep_freed_memory, learning_rate, make_optimizer, train_step)
+    Machine, Muon, Objective, keep_freed_memory, learning_rate, make_optimizer, train_step)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -135,7 +135,7 @@ class Trial:
         for change in changes:
             change(self.model)
         self.model.to(machine.device)
-        self.optimizer = make_optimizer(self.model, self.training)
+        self.optimizer = make_optimizer(self.model, self.training, machine.dtype)
         self.optimizer.ITERATIONS = settings.get("iterations", Muon.ITERATIONS)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
@@ -146,10 +146,8 @@ class Trial:
 
     def make_step(self, tokens: Tensor, targets: Tensor, step: int, steps: int) -> None:
         training = self.training
-        decay_start = steps * (1 - training.decay_fraction)
-        rate = learning_rate(step, training.learning_rate, training.warmup_steps, decay_start, steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(step, step / steps, training)
         with self.rotation():
             train_step(Objective(self.model), self.optimizer, self.scaler, tokens, targets, len(tokens),
                        training.grad_clip, self.machine.autocast)
@@ -197,7 +195,7 @@ def main() -> None:
         for seed in options.seeds:
             trial = train(name, seed, steps, until=steps)
             with trial.rotation():
-                losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id, 32, machine.autocast)
+                losses, _ = evaluate(trial.model, val_stream.tokens, tokenizer.eot_id)
             bits.append(losses.sum(dtype="float64") / math.log(2) / val_stream.info["bytes"])
         first = first or bits
         differences = [b - f for b, f in zip(bits, first, strict=True)]

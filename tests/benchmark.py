@@ -101,7 +101,7 @@ def training_speed(name: str, vocabulary: str, batch_size: int, use_amp: bool, r
     tokens = torch.randint(VOCABULARIES[vocabulary], shape, device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if name == "ours":
-        optimizer = make_optimizer(model, config.training)
+        optimizer = make_optimizer(model, config.training, machine.dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         forward = torch.compile(Objective(model)) if compiled else Objective(model)
         average = copy.deepcopy(model).requires_grad_(False)
@@ -262,7 +262,7 @@ def sizes() -> None:
             config.apply_preset(preset)
         model = Transformer(config.model, vocab_size)
         counts = model.parameter_counts()
-        optimizer = make_optimizer(model, config.training)
+        optimizer = make_optimizer(model, config.training, torch.float32)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()

@@ -96,7 +96,7 @@ def apart(ours: list[float], theirs: list[float]) -> float:
 
 def steps_of(config: Config, steps: int) -> tuple[list[float], int, train.Run]:
     """Makes the first steps of a run here. Returns their losses, how often it gave up compiling, the run."""
-    printed, train.log = [], lambda message: (printed.append(message), print(message, file=sys.stderr))
+    printed, train.say = [], lambda message: (printed.append(message), print(message, file=sys.stderr))
     run = train.Run(config, train.Machine(config.training))
     losses = torch.stack([train.next_step(run)[0] for _ in range(steps)]).tolist()
     return losses, sum("torch.compile failed" in line for line in printed), run
@@ -158,7 +158,7 @@ def float16(o: Options) -> Rows:
     has_bfloat16 = o.dry_run or torch.cuda.get_device_capability() >= (8, 0)
     for dtype in (torch.float16, torch.bfloat16 if has_bfloat16 else torch.float32):
         forget()
-        train.matmul_dtype = lambda device, dtype=dtype: dtype
+        train.choose_precision = lambda device, use_amp, dtype=dtype: (dtype, "forced")
         losses, gave_up, run = steps_of(configured(o, str(dtype), SHORT), 30 if o.dry_run else 100)
         last = mean(losses[-10:])
         scale = run.scaler.get_scale()
@@ -190,7 +190,7 @@ def loss(o: Options) -> Rows:
     """loss and gradients beside F.cross_entropy in float64"""
     n, size = (64, 300) if o.dry_run else (3000, VOCABULARIES["gpt2"])  # more rows than a chunk has
     x, w = torch.randn(n, 256, device=o.device), torch.randn(size, 256, device=o.device) / 16
-    y, half = torch.randint(size, (n,), device=o.device), train.matmul_dtype(torch.device(o.device))
+    y, (half, _) = torch.randint(size, (n,), device=o.device), train.choose_precision(x.device, True)
 
     def with_gradients(loss: Callable, x: Tensor, w: Tensor) -> list[Tensor]:
         x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -223,7 +223,7 @@ def cache(o: Options) -> Rows:
             gaps.append(((logits.amax(1) - chosen).max() / logits.std()).item())
     yield "generation with its cache chooses as without", verdict(
         max(gaps) < 1e-3, f"tokens at most {max(gaps):.1e} deviations below the likeliest")
-    there, here = (train.evaluate(each, tokens, 1, 8, contextlib.nullcontext)[0]
+    there, here = (train.evaluate(each, tokens, 1)[0]
                    for each in (model, copy.deepcopy(model).cpu()))
     error = np.abs(there - here).max() / here.mean()
     yield "evaluate() beside the CPU's", verdict(error < 1e-3, f"a loss differs by at most {error:.1e}")
@@ -329,7 +329,7 @@ def speed_of(config: Config, vocab_size: int, made: train.Machine, peak: float) 
     """Returns the figure of a row: tokens/s, model FLOP utilisation and peak memory."""
     forget()
     model, m = Transformer(config.model, vocab_size).to(made.device).train(), config.model
-    step = stepper(made, model, train.make_optimizer(model, config.training))
+    step = stepper(made, model, train.make_optimizer(model, config.training, made.dtype))
     rate = np.median(speeds([step], config, vocab_size, made.device, 5))
     n = model.parameter_counts()["total"]
     tflops = rate * (6 * n + 12 * m.n_layers * m.d_model * m.max_seq_len) / 1e12
@@ -366,7 +366,7 @@ def nanogpt(o: Options) -> Rows:
     config, size = configured(o, "", {}), VOCABULARIES["gpt2"]
     made, model = train.Machine(config.training), Transformer(config.model, size)
     model = model.to(made.device).train()
-    steps = [stepper(made, model, train.make_optimizer(model, config.training)),
+    steps = [stepper(made, model, train.make_optimizer(model, config.training, made.dtype)),
              stepper(made, *nanogpt_of(config, o.nanogpt, made.device))]
     rates = speeds(steps, config, size, made.device, o.rounds)
     ours, theirs, ratios = *np.median(rates, axis=0), rates[:, 0] / rates[:, 1]

@@ -36,12 +36,10 @@ def test_muon_is_torch_optims(monkeypatch, exact):
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     theirs = [p.detach().clone().requires_grad_() for p in matrices]
     before = [p.detach().clone() for p in matrices]
-    dtype = torch.float32 if exact else torch.bfloat16
-    monkeypatch.setattr(train, "choose_precision", lambda device: (dtype, "a test"))
     if exact:
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     training = TrainingConfig(learning_rate=0.02, weight_decay=0.3)
-    ours = train.make_optimizer(model, training)
+    ours = train.make_optimizer(model, training, torch.float32 if exact else torch.bfloat16)
     reference = torch.optim.Muon(
         theirs, lr=0.02, weight_decay=0.3, momentum=train.Muon.MOMENTUM, nesterov=True,
         ns_steps=train.Muon.ITERATIONS, adjust_lr_fn="match_rms_adamw")
@@ -63,7 +61,7 @@ def test_the_embedding_and_the_norms_are_adamws(monkeypatch):
     model = make_model(50)
     others = [p for name, p in model.named_parameters() if not name.startswith("layers.") or p.ndim == 1]
     theirs = [p.detach().clone().requires_grad_() for p in others]
-    ours = train.make_optimizer(model, TrainingConfig(learning_rate=0.02, weight_decay=0.3))
+    ours = train.make_optimizer(model, TrainingConfig(learning_rate=0.02, weight_decay=0.3), torch.float32)
     reference = torch.optim.AdamW([{"params": [p for p in theirs if p.ndim == 2], "weight_decay": 0.3},
                                    {"params": [p for p in theirs if p.ndim == 1], "weight_decay": 0.0}],
                                   lr=0.02, betas=(0.9, 0.98))
@@ -423,8 +421,6 @@ def test_the_average_costs_no_memory_as_the_run_goes_on(tmp_path):
 
 
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(tmp_path, monkeypatch, capsys):
-    # Muon in bfloat16 can make 1e-4 of 1e-8
-    monkeypatch.setattr(train, "choose_precision", lambda *args: (torch.float32, "a test"))
     settings = {"model__dropout": 0, "training__max_steps": 8}
     whole = go(tiny_config(tmp_path / "whole", **settings))
     calls, forward = itertools.count(1), train.Objective.forward
