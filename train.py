@@ -31,12 +31,14 @@ from tqdm import tqdm
 
 from config import ArgumentParser, Config, TrainingConfig, UserError, config, run_main, signals_handled
 from data import (
-    Batches, atomic_write, first_line, load_checkpoint, prepare, save_checkpoint, say, write_error)
+    Batches, atomic_write, best_model, file_hash, first_line, load_checkpoint, prepare, save_checkpoint, say,
+    tokenizer_from_spec, write_error)
 from model import Transformer, evaluate, tell_story
 
 FIXED = ("model.", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
          "training.batch_size", "training.seed", "training.optimizer", "training.eval_batches",
          "the sha256")  # another value makes it another run, or losses that cannot be compared
+FITTING = ("model.dropout", "model.max_seq_len", "model.copy_heads")  # of a model whose weights are there
 FELL_BACK = "WARNING: this run is on the bundled sample stories, since TinyStories could not be reached"
 
 
@@ -286,6 +288,30 @@ def check_unchanged(path: Path, old: dict, new: dict) -> None:
         say(f"changed since {path}: {'; '.join(changed.values())}")
 
 
+def identity(dataset: dict, origin: str | None) -> dict:
+    """Returns what makes a run the one that it is, beside its settings, as {name: value}."""
+    return {"the sha256 of training.init_from": origin,
+            **{f"the sha256 of the {split} stories": info["sha256"] for split, info in dataset.items()}}
+
+
+def begin_from(config: Config, source: dict) -> Config:
+    """Returns `config` with the model and the tokenizer of the checkpoint `source`. What FITTING names may be
+    another one; any other setting that is neither the default nor that of the checkpoint is a UserError.
+    """
+    config, default, theirs = copy.deepcopy(config), Config().flat(), Config.of(source["config"]).flat()
+    theirs["training.tokenizer_type"] = source["tokenizer"]["type"]
+    for name, value in config.flat().items():
+        if name.startswith(("model.", "training.tokenizer_type", "training.bpe_vocab_size")):
+            if value == default[name]:
+                config.set(name, theirs[name])
+            elif value != theirs[name] and name not in FITTING:
+                raise UserError(f"{name} is {value!r}, and {theirs[name]!r} in training.init_from = "
+                                f"{config.training.init_from!r}: leave it out")
+    if config.model.max_seq_len > theirs["model.max_seq_len"]:
+        say(f"positions from {theirs['model.max_seq_len']:,} on are new to the model")
+    return config
+
+
 def lock(folder: Path, run: str) -> tuple[contextlib.AbstractContextManager, bool]:
     """Returns the lock of a run's folder, held until it is left, and whether it was `run` that wrote there
     last. Raises UserError if another process has the lock.
@@ -343,7 +369,7 @@ class Run:
     """One training run: what it is made of, opened where the last checkpoint left it."""
 
     def __init__(self, config: Config, machine: Machine, fresh: bool = False):
-        self.config, self.machine, training = config, machine, config.training
+        self.machine, training = machine, config.training
         self.folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.best = self.folder / "latest.pt", self.folder / "best_model.pt"
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
@@ -351,17 +377,25 @@ class Run:
                                     training.batch_size // machine.world)
         self.budget = 60 * (training.max_minutes or math.inf)  # seconds
         checkpoint, path = (None, None) if fresh else find_checkpoint(self.folder)
+        source, self.origin = None, None  # the checkpoint whose weights the run begins with, and its SHA-256
+        if training.init_from:
+            begun = best_model(training.init_from)
+            source = checkpoint or load_checkpoint(begun)
+            self.origin = file_hash(begun) if begun.is_file() else source["origin"]
+            config = begin_from(config, source)
+        self.config = config
         if checkpoint:
             check_unchanged(path, Config.of(checkpoint["config"]).flat(), config.flat())
-        self.open_data(checkpoint)
+        self.open_data(checkpoint, source and tokenizer_from_spec(source["tokenizer"]))
         if checkpoint:
-            check_unchanged(path, *({f"the sha256 of the {split} stories": info["sha256"]
-                                     for split, info in dataset.items()}
-                                    for dataset in (checkpoint["dataset"], self.dataset)))
+            check_unchanged(path, identity(checkpoint["dataset"], checkpoint["origin"]),
+                            identity(self.dataset, self.origin))
 
         # All that survives, as it is before the first step.
         torch.manual_seed(training.seed)
         self.model = Transformer(config.model, self.tokenizer.vocab_size).to(machine.device)
+        if source:
+            self.model.load_state_dict(source["model"])
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, training, machine.dtype)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -379,13 +413,13 @@ class Run:
         if machine.rank == 0:
             self.claim_folders(path)
 
-    def open_data(self, checkpoint: dict | None) -> None:
+    def open_data(self, checkpoint: dict | None, tokenizer) -> None:
         """Prepares the streams, the training batches and the validation tokens of every evaluation."""
         config, training, machine = self.config, self.config.training, self.machine
         if machine.rank:
             from_all_processes(0)  # the first process prepares the streams, and the others find them
         try:
-            self.tokenizer, train_stream, val_stream = prepare(config, checkpoint)
+            self.tokenizer, train_stream, val_stream = prepare(config, checkpoint, tokenizer)
         finally:
             if not machine.rank:
                 from_all_processes(0)
@@ -455,7 +489,7 @@ class Run:
             raise self.diverged()
         if self.machine.rank == 0:
             content = {"step": self.state.step, "config": dataclasses.asdict(self.config),
-                       "dataset": self.dataset, "tokenizer": self.tokenizer.spec(),
+                       "dataset": self.dataset, "tokenizer": self.tokenizer.spec(), "origin": self.origin,
                        "model": self.average.state_dict(), **more}
             save_checkpoint(path, content, self.folder / "previous.pt" if path == self.latest else None)
 
@@ -599,9 +633,10 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
     if run.machine.rank == 0:
         run.write_metrics()
         story = tell_story(run.average, run.tokenizer, run.config.sampling, length=60).replace("\n", " ")
-        say("step {step:,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}{best}, "
-            "{val_bits_per_byte:.3f} bits per byte, epoch {epoch:.2f}, {tokens_per_second:,.0f} tokens/s\n"
-            "    {story} ...".format(**line, best=" (best)" if better else "", story=story))
+        train_loss = "" if line["train_loss"] is None else f"train loss {line['train_loss']:.4f}, "
+        say(f"step {state.step:,}: {train_loss}validation loss {val_loss:.4f}{' (best)' if better else ''}, "
+            f"{line['val_bits_per_byte']:.3f} bits per byte, epoch {line['epoch']:.2f}, "
+            f"{tokens_per_second:,.0f} tokens/s\n    {story} ...")
     stop_early(run, val_loss)
 
 
@@ -627,6 +662,8 @@ def train(run: Run, clock: Callable = time.perf_counter, started: float | None =
     loss_sum = torch.tensor(state.train_loss_sum, device=run.machine.device)
     first, paused_at, paused_step = state.step + 1, clock(), state.step
     with bar, signals_handled(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+        if run.origin and not state.metrics:
+            evaluate_run(run, math.nan, tokens_per_second=0)  # what the run begins with
         while state.step < state.end and not stop:
             loss, grad_norm = next_step(run)
             loss_sum += loss
@@ -692,9 +729,12 @@ def describe(run: Run) -> None:
         say("the first step compiles the model, which takes half a minute to a minute")
     if run.fell_back:
         say(FELL_BACK)
+    if tokenizer.name == "char" and (unknown := (run.batches.tokens == tokenizer.unknown_id).mean()):
+        say(f"WARNING: the char tokenizer does not know {unknown:.2%} of the training stories' characters")
     if machine.rank == 0:
         about = {"config": dataclasses.asdict(run.config), "parameters": counts, "dataset": run.dataset,
                  "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size}, "device": device,
+                 "origin": run.origin,
                  "python": platform.python_version(), "torch": torch.__version__, "command": sys.argv,
                  "platform": platform.platform(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         with atomic_write(run.log_dir / "run.json") as file:

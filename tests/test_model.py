@@ -1,5 +1,6 @@
 """The transformer: agreement with transformers' Qwen3, causality, loss, generation."""
 
+import contextlib
 import functools
 import math
 
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from conftest import make_qwen3
 
 import model as model_module
-from config import ModelConfig
-from model import Dropout, RMSNorm, Transformer, candidates, causal_attention, next_logits, sample
+import train
+from config import ModelConfig, TrainingConfig
+from model import (
+    COPY_EMBEDDING_STD, COPY_GAIN, Dropout, RMSNorm, Transformer, candidates, causal_attention, next_logits,
+    sample)
 from train import Objective
 
 VOCAB, CONTEXT = 97, 24
@@ -229,3 +233,43 @@ def test_logits_of_a_generated_token_are_those_of_a_linear_layer(vocab_size, row
 def test_tokens_beyond_the_context_are_refused():
     with pytest.raises(ValueError, match="max_seq_len = 24"):
         make_model()(make_tokens(1, 25))
+
+
+# ---------------------------------------------------------------- copy heads
+
+@torch.no_grad()
+def test_copy_heads_begin_by_adding_what_they_attend_to():
+    """The output columns of those heads, and of no others, are the transpose of orthogonal value rows."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(n_layers=2, d_model=32, n_heads=4, copy_heads=2), 50)
+    first, last = (block.self_attn for block in model.layers)
+    value, output = last.v_proj.weight[:16], last.o_proj.weight[:, :16]
+    torch.testing.assert_close(value @ value.mT, COPY_GAIN**2 * torch.eye(16), rtol=1e-4, atol=1e-4)
+    assert torch.equal(output, value.mT)
+    assert last.v_proj.weight[16:].std() < 0.03 and last.o_proj.weight[:, 16:].std() < 0.03
+    assert first.v_proj.weight.std() < 0.03 and first.o_proj.weight.std() < 0.03
+    assert model.embed_tokens.weight.std() == pytest.approx(COPY_EMBEDDING_STD, rel=0.1)
+
+
+@pytest.mark.parametrize(("copy_heads", "least", "most"), [(0, 0, 0.2), (2, 0.9, 1)])
+def test_copy_heads_name_again_within_40_steps_what_others_do_not(copy_heads, least, most):
+    """One of 100 names, drawn for each sequence, comes again after a mark, among random tokens."""
+    names, mark, places = 100, 100, (25, 50)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(n_layers=2, d_model=64, n_heads=4, d_ff=128, max_seq_len=64, dropout=0,
+                                    copy_heads=copy_heads), 160)
+    optimizer = train.make_optimizer(model, TrainingConfig(), torch.float32)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def batch():
+        tokens = torch.randint(mark + 1, 160, (16, 65))
+        name = torch.randint(names, (16,))
+        for place in (1, *places):
+            tokens[:, place], tokens[:, place + 1] = mark, name
+        return tokens[:, :-1], tokens[:, 1:]
+
+    for _ in range(40):
+        train.train_step(train.Objective(model), optimizer, scaler, *batch(), 16, 1.0, contextlib.nullcontext)
+    tokens, targets = batch()
+    right = (model(tokens).argmax(-1) == targets)[:, places].float().mean()
+    assert least <= right <= most
