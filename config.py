@@ -73,6 +73,7 @@ class TrainingConfig:
     use_amp: bool = True                    # mixed precision where the device is fast at it
     compile: str = "auto"                   # torch.compile: auto, on, off
     device: str = "auto"                    # auto, cpu, cuda, cuda:1, mps
+    init_from: str | None = None            # a checkpoint, or its folder, whose weights a new run begins with
     checkpoint_dir: str = "checkpoints"
     log_dir: str = "logs"
 

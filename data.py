@@ -396,11 +396,11 @@ def make_tokenizer(request: dict, data_dir: Path, stories: Callable):
     return BPETokenizer.train(shown, request["bpe_vocab_size"])
 
 
-def build_streams(stem: Path, dataset: str, request: dict) -> None:
+def build_streams(stem: Path, dataset: str, request: dict, tokenizer) -> None:
     """Writes the two streams and, last, the JSON that describes them. Raises UserError."""
     limits = request["max_stories"], request["max_val_stories"]
     stories = hold_out(open_dataset(dataset, limited=limits[0] is not None), *limits)
-    tokenizer = make_tokenizer(request, stem.parent, stories[0])
+    tokenizer = tokenizer or make_tokenizer(request, stem.parent, stories[0])
     spec = tokenizer.spec()
     description = {"request": request, "tokenizer": spec}
     for split, begin, limit in zip(SPLITS, stories, limits):
@@ -436,12 +436,13 @@ def content(dataset: dict) -> list[str]:
     return [dataset[split]["sha256"] for split in SPLITS]
 
 
-def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
+def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> tuple:
     """Returns (tokenizer, train stream, validation stream), built where `data_dir` does not hold them yet.
 
     `auto` is what it was when the run of the checkpoint began; without one TinyStories, and where that cannot
     be reached the bundled stories, with a warning; if GPT-2's vocabulary cannot be had either, with the bpe
-    tokenizer. The streams' `info` says what they really are. Raises UserError.
+    tokenizer. The streams' `info` says what they really are. A `tokenizer` that is given is used as it is.
+    Raises UserError.
     """
     dataset, kind = config.data.dataset, config.training.tokenizer_type
     if checkpoint:
@@ -453,22 +454,22 @@ def prepare(config: Config, checkpoint: dict | None = None) -> tuple:
                 say(f"the streams of {dataset} in {config.data.data_dir} serve")
                 return found
     try:
-        return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind)
+        return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind, tokenizer)
     except DatasetUnavailable as error:
         if dataset != "auto":
             raise
         reason = error
     try:
-        prepared = prepare_streams(config, "sample", kind)
+        prepared = prepare_streams(config, "sample", kind, tokenizer)
     except UserError as error:
-        prepared, reason = prepare_streams(config, "sample", "bpe"), f"{reason}; {error}"
+        prepared, reason = prepare_streams(config, "sample", "bpe", tokenizer), f"{reason}; {error}"
     say(f"{'!' * 100}\nWARNING: not TinyStories: {reason}.\nWARNING: using the {SAMPLE.name} that come with "
         f"the project (data.dataset=sample) and the {prepared[0].name} tokenizer: good to try things out, "
         f"too few to learn well from.\n{'!' * 100}")
     return prepared
 
 
-def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
+def prepare_streams(config: Config, dataset: str, kind: str, tokenizer) -> tuple:
     """`prepare` for a dataset and a type of tokenizer that are what they say. What is there is only read."""
     data, folder, files = config.data, Path(config.data.data_dir), locate(dataset)
     source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
@@ -476,9 +477,11 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
                "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
     if kind == "bpe":
         request["bpe_vocab_size"] = config.training.bpe_vocab_size
+    if tokenizer:
+        request["tokenizer"] = json_hash(tokenizer.spec())
     if not (found := find_streams(folder, request)):
         name = re.sub(r"[^A-Za-z0-9]+", "-", Path(dataset).stem)[:40]
-        build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request)
+        build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request, tokenizer)
         found = find_streams(folder, request)
     for stream in found[1:]:
         stream.info["dataset"] = dataset  # what they are called now
