@@ -38,7 +38,7 @@ import torch
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
-    END_OF_TEXT, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, first_line, locate,
+    END_OF_TEXT, Stream, atomic_write, content, encode_stories, find_streams, first_line, locate,
     open_dataset, prepare, progress, story_windows, tokenizer_from_spec)
 from model import NORM_EPS, ROPE_THETA, Transformer
 from train import choose_device, evaluate, load_checkpoint, log
@@ -69,7 +69,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
         tokenizer = tokenizer_from_spec(checkpoint["tokenizer"])
         model = Transformer(ModelConfig(**checkpoint["config"]["model"]), tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # whatever a file that was edited makes of it
+    except Exception as error:  # an edited file can raise anything
         reason = first_line(error)
         raise UserError(f"the weights in {path} do not fit its config and tokenizer ({reason})") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -110,7 +110,7 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
         decode, show = tokenizer.decoder(), functools.partial(print, end="", flush=True)
         show(prompts[0])
         generate(rows, stream=lambda row, token: token == eot_id or show(decode(token)))
-        print(decode(None))  # what there is of a character that the limit cut
+        print(decode(None))  # the rest of a character that the limit cut
         return
     for first in range(0, len(rows), BATCH_SIZE):
         for i, story in enumerate(generate(rows[first:first + BATCH_SIZE]), first + 1):
@@ -120,7 +120,7 @@ def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: di
 
 def interact(model: Transformer, tokenizer, sampling: dict, num_samples: int,
              generator: torch.Generator) -> None:
-    """Tells stories that begin with the lines of standard input, until its end."""
+    """Tells stories whose openings are the lines of standard input, until its end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history
     print("Type the beginning of a story and press Enter. Ctrl-C ends a story, Ctrl-D ends the program.")
@@ -146,13 +146,12 @@ def near(path: str | Path, name: str) -> Path:
 def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Stream]:
     """Returns the training and the validation stream of the checkpoint at `path`.
 
-    They are read from its data_dir or from the project's own data/; if they are in neither, they are prepared
-    again. Raises UserError if the text is missing or has changed.
+    They are read from its data_dir or, if they are not there, prepared again. Raises UserError if the text is
+    missing or has changed.
     """
     config, trained = Config.of(checkpoint["config"]), content(checkpoint["dataset"])
-    for folder in (near(path, config.data.data_dir), SAMPLE.parent):
-        if found := find_streams(folder, trained):
-            return found[1:]
+    if found := find_streams(near(path, config.data.data_dir), trained):
+        return found[1:]
     config.data.dataset = str(near(path, config.data.dataset))
     try:
         _, *streams = prepare(config, checkpoint)
@@ -184,6 +183,9 @@ def stories_of(stream: Stream, eot_id: int) -> Iterator[np.ndarray]:
 
 # ---------------------------------------------------------------- loss
 
+POSITIONS = {"0": 0, "1-3": 1, "4-15": 4, "16-63": 16, "64-255": 64, "256+": 256}  # where each range begins
+
+
 def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     """Returns the loss over a whole stream and the figures that derive from it.
 
@@ -200,32 +202,26 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     losses = losses.astype(np.float64)
     loss = losses.mean()
 
-    # How far each story is from the mean, as a sum over its tokens.
+    # How far each story is above the loss of an average story of its length; they sum to zero.
     starts, ends = story_windows(tokens, eot_id, len(tokens)).T
-    n_stories = len(starts)
-    residuals = np.add.reduceat(losses, starts) - loss * (ends - starts)
-    variance = n_stories / (n_stories - 1) * (residuals @ residuals) if n_stories > 1 else None
+    residuals, n_stories = np.add.reduceat(losses, starts) - loss * (ends - starts), len(starts)
+    stderr = residuals.std(ddof=1) * math.sqrt(n_stories) / len(losses) if n_stories > 1 else None
 
     if tokenizer.name == "char" and (unknown := (tokens == tokenizer.unknown_id).sum()):
         log(f"WARNING: {unknown:,} of {len(tokens):,} characters are unknown to the char tokenizer, which "
             "does not tell them apart, so that bits per byte is too low")
-    windows = story_windows(tokens, eot_id, model.config.max_seq_len)
-    positions = np.concatenate([np.arange(end - start) for start, end in windows])
-    return {"loss": loss, "loss_stderr": None if variance is None else math.sqrt(variance) / len(losses),
-            "perplexity": math.exp(min(loss, 700)), "accuracy": hits.mean(),
-            "bits_per_byte": losses.sum() / math.log(2) / stream.info["bytes"],
-            "loss_by_position": loss_by(losses, positions, (0, 1, 4, 16, 64, 256))}
+    positions = (np.arange(len(tokens)) - np.repeat(starts, ends - starts)) % model.config.max_seq_len
+    return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": losses.sum() / math.log(2) / stream.info["bytes"], "accuracy": hits.mean(),
+            "loss_by_position": loss_by_position(losses, positions)}
 
 
-def loss_by(losses: np.ndarray, keys: np.ndarray, edges: tuple[int, ...]) -> dict[str, dict]:
-    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of the tokens whose key (N,) is in a range."""
-    figures = {}
-    for low, high in itertools.pairwise((*edges, math.inf)):
-        inside = (keys >= low) & (keys < high)
-        if inside.any():
-            label = f"{low}+" if high == math.inf else f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-            figures[label] = {"loss": losses[inside].mean(), "tokens": int(inside.sum())}
-    return figures
+def loss_by_position(losses: np.ndarray, positions: np.ndarray) -> dict[str, dict]:
+    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of the tokens whose position is in a range."""
+    ranges = np.searchsorted(list(POSITIONS.values()), positions, side="right") - 1
+    totals, counts = np.bincount(ranges, losses), np.bincount(ranges)
+    return {label: {"loss": total / count, "tokens": int(count)}
+            for label, total, count in zip(POSITIONS, totals, counts) if count}
 
 
 def loss_table(results: dict) -> str:
@@ -278,10 +274,6 @@ def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n))))
 
 
-def all_ngrams(stories: list[Continuation], n: int) -> list[tuple[str, ...]]:
-    return [gram for story in stories for gram in ngrams(story.words, n)]
-
-
 def mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
@@ -313,12 +305,13 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
     copied_4grams: the share of its 4-grams that some training story has, a sign of memorisation (Eldan & Li
         2023). unseen_words: the share of its words that no training story has: misspellings, inventions.
     """
-    wanted = {gram for group in groups for n in (1, 4) for gram in all_ngrams(group, n)}
-    seen = set()
-    for words in map(split_words, training_stories):
-        seen.update(wanted.intersection(ngrams(words, 1) + ngrams(words, 4)))
-    return [{"copied_4grams": mean(gram in seen for gram in all_ngrams(group, 4)),
-             "unseen_words": mean(word not in seen for word in all_ngrams(group, 1))} for group in groups]
+    words, four_grams = ([[gram for story in group for gram in ngrams(story.words, n)] for group in groups]
+                         for n in (1, 4))
+    wanted, seen = set(itertools.chain(*words, *four_grams)), set()
+    for story in map(split_words, training_stories):
+        seen.update(wanted.intersection(ngrams(story, 1) + ngrams(story, 4)))
+    return [{"copied_4grams": mean(gram in seen for gram in grams),
+             "unseen_words": mean(word not in seen for word in own)} for own, grams in zip(words, four_grams)]
 
 
 def generation_quality(model: Transformer, tokenizer, validation: Stream, training: Stream | None,
@@ -331,11 +324,10 @@ def generation_quality(model: Transformer, tokenizer, validation: Stream, traini
     any other story.
     """
     eot_id, context = tokenizer.eot_id, model.config.max_seq_len
-    most = min(OPENING_TOKENS, context // 2)
-    limit = min(sampling["max_new_tokens"], context - most)
+    limit = min(sampling["max_new_tokens"], max(1, context - OPENING_TOKENS))
     sampling = {**sampling, "max_new_tokens": limit}
     stories = [story.tolist() for story in itertools.islice(stories_of(validation, eot_id), MOST_STORIES)]
-    openings = [story[:min(most, len(story) // 2)] for story in stories]
+    openings = [story[:min(OPENING_TOKENS, len(story) // 2)] for story in stories]
     with progress(None, len(stories) * limit, "generating tokens, at most") as bar:
         rows = model.generate([[eot_id, *tokens] for tokens in openings], **sampling, eot_id=eot_id,
                               generator=seeded_generator(model, seed), stream=lambda *_: bar.update())
@@ -363,7 +355,7 @@ def quality_table(quality: dict) -> str:
         cells = ["-" if value is None else format(value, style) for value in values]
         rows.append(f"{label:<32}{cells[0]:>10}{cells[1]:>10}")
     return """\
-{stories} generated stories beside the real ones that begin so, at most {max_new_tokens} tokens of each
+{stories} generated stories and the real ones with the same openings, up to {max_new_tokens} tokens of each
 (temperature {temperature:g}, top_k {top_k}, top_p {top_p}, seed {seed})
 
                                      model     human
@@ -461,9 +453,9 @@ def inspect(model: Transformer, tokenizer, text: str) -> None:
         print("".join(itertools.starmap(paint, pieces)) + f"\n\n{legend}+ nats")
     else:
         print("\n".join(f"{loss:7.2f}  {piece!r}" for piece, loss in pieces))
-    loss, bits = losses.mean(), losses.sum() / math.log(2) / len(text.encode("utf-8", "replace"))
-    print(f"\n{len(tokens):,} tokens of the {tokenizer.name} tokenizer: loss {loss:.3f} nats per token, "
-          f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits per byte")
+    bits_per_byte = losses.sum() / math.log(2) / len(text.encode("utf-8", "replace"))
+    print(f"\n{len(tokens):,} tokens of the {tokenizer.name} tokenizer: loss {losses.mean():.3f} nats per "
+          f"token, {bits_per_byte:.3f} bits per byte")
 
 
 # ---------------------------------------------------------------- training curves
@@ -483,7 +475,7 @@ def read_metrics(log_dir: Path):
         lines = path.read_text().splitlines()
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be incomplete
     if not rows:
-        raise UserError(f"there are no metrics in {path}: a run writes them at its first evaluation; --plot "
+        raise UserError(f"{path} has no readable metrics: a run writes them at its first evaluation; --plot "
                         "LOGDIR names another folder")
     return pandas.DataFrame(rows, columns=["step", "train_loss", *PANELS], dtype=float)
 
@@ -491,10 +483,9 @@ def read_metrics(log_dir: Path):
 def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
     """Draws the metrics of a run into {metric: axes}, with a star at the lowest validation loss."""
     run = read_metrics(log_dir)
-    best = run[run.val_loss == run.val_loss.min()][:1]  # no row if there is no loss
-    # matplotlib leaves out names that begin with _, and takes what is between dollars for a formula.
-    label = " " + os.fsencode(log_dir).decode(errors="replace").replace("$", r"\$")
-    label += "".join(f"\nbest {row.val_loss:.4f} at step {row.step:,.0f}" for row in best.itertuples())
+    best = run.sort_values("val_loss").iloc[0]
+    label = f"best {best.val_loss:.4f} at step {best.step:,.0f}\n{log_dir}"
+    label = os.fsencode(label).decode(errors="replace").replace("$", r"\$")  # else $...$ is a formula
     style = {"color": colour, "marker": "." if len(run) < 20 else ""}
     panels["val_loss"].plot(best.step, best.val_loss, "*", color=colour, markersize=15, zorder=3)
     panels["val_loss"].plot(run.step, run.train_loss, "--", alpha=0.6, **style)
@@ -517,15 +508,15 @@ def plot_training(log_dirs: list[Path]) -> Path:
     for i, log_dir in enumerate(log_dirs):
         draw_run(panels, log_dir, f"C{i}")
     for name, axes in panels.items():
-        axes.set_title(PANELS[name], loc="left", fontsize=11)
-        axes.set(xlabel="step", xlim=(0, None))
+        axes.set(title=PANELS[name], xlabel="step", xlim=(0, None))
+        axes.locator_params(axis="x", nbins=4)  # room for six digits
         axes.grid(alpha=0.25)
         if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not if every value is missing
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     panels["val_loss"].legend(title="solid: validation, dashed: training", loc="upper right", frameon=False)
     path = log_dirs[0] / "training_curves.png"
     with atomic_write(path) as file:
@@ -694,17 +685,17 @@ def dataset_name(text: str) -> str:
 
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(__doc__, settings=False)
-    parser.add_argument("--checkpoint", metavar="FILE", type=best_model,
+    parser.add_argument("--checkpoint", type=best_model,
                         help="a file, or the folder of a run; default: checkpoints/best_model.pt")
-    parser.add_argument("--data", metavar="NAME", type=dataset_name,
+    parser.add_argument("--data", type=dataset_name,
                         help="measure on any file, folder or dataset that train.py takes; default: the "
                         "checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
     modes.add_argument("--generate", nargs="+", metavar="OPENING",
-                       help='tell stories that begin so; "" is allowed')
+                       help='tell stories with these openings; "" is allowed')
     modes.add_argument("--interactive", action="store_true", default=None,
-                       help="tell stories that begin with what you type")
+                       help="tell stories with the openings that you type")
     modes.add_argument("--inspect", metavar="TEXT", help="print the text, each token coloured by its loss")
     modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or "
                        "several into the first folder; default: the logs of --checkpoint, or logs/")
@@ -715,7 +706,7 @@ def parse_options() -> argparse.Namespace:
         parser.add_argument(*names, metavar="N", default=argparse.SUPPRESS,
                             help=f"default: the checkpoint's, usually {str(default).lower()}",
                             type=functools.partial(parse_value, f"sampling.{name}"))
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps",
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps",
                         type=lambda text: choose_device(parse_value("training.device", text)))
     options = parser.parse_args()
     for mode in ("generate", "interactive", "inspect", "plot", "export"):

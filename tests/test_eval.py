@@ -163,11 +163,11 @@ def test_standard_error_is_that_of_the_mean_where_stories_have_one_length():
     assert loss_figures(model, tokenizer, stream_of(stories[:1], tokenizer))["loss_stderr"] is None
 
 
-def test_losses_fall_into_the_right_buckets():
-    figures = evaluation.loss_by(np.arange(20.0), np.arange(20), (0, 1, 4, 16, 64))
+def test_losses_fall_into_the_right_ranges():
+    figures = evaluation.loss_by_position(np.arange(20.0), np.arange(20))
     assert figures == {"0": {"loss": 0, "tokens": 1}, "1-3": {"loss": 2, "tokens": 3},
                        "4-15": {"loss": 9.5, "tokens": 12}, "16-63": {"loss": 17.5, "tokens": 4}}
-    assert list(evaluation.loss_by(np.ones(1), np.array([99]), (0, 64))) == ["64+"]
+    assert list(evaluation.loss_by_position(np.ones(3), np.array([255, 9999, 256]))) == ["64-255", "256+"]
 
 
 # ---------------------------------------------------------------- quality
@@ -576,9 +576,9 @@ def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp
         assert (code, out, err) == (0, f"{folders[0]}/training_curves.png\n", "")
         assert (tmp_path / folders[0] / "training_curves.png").read_bytes().startswith(PNG)
         losses, *others = drawn[-1].axes
-        assert [axes.get_title("left") for axes in (losses, *others)] == list(evaluation.PANELS.values())
-        legend = [text.get_text().strip() for text in losses.get_legend().get_texts()]
-        assert [label.split("\n")[0] for label in legend] == folders
+        assert [axes.get_title() for axes in (losses, *others)] == list(evaluation.PANELS.values())
+        legend = [text.get_text() for text in losses.get_legend().get_texts()]
+        assert [label.split("\n")[1] for label in legend] == folders
         if folders[0] in ("one", "two"):
             star, dashed, solid = losses.lines[:3]
             assert star.get_xydata().tolist() == [[200, 3.0]] and "best 3.0000 at step 200" in legend[0]
