@@ -9,9 +9,9 @@
   python eval.py --plot logs/a logs/b                            compares two runs
   python eval.py --export my-model                               for transformers; as .gguf for llama.cpp
 
-To measure is to compute loss, perplexity, bits per byte and accuracy over all validation stories, to test
-understanding with probes, and to compare generated stories with real ones. All of it is in float32, whatever
-training used. Results go to standard output, progress to standard error.
+Measuring covers loss, perplexity, bits per byte and accuracy over all validation stories, probes of what the
+model understands, and generated stories compared with real ones, all in float32 whatever training used.
+Results go to standard output, progress to standard error.
 """
 
 import argparse
@@ -138,12 +138,12 @@ def interact(model: Transformer, tokenizer, sampling: dict, num_samples: int,
 # ---------------------------------------------------------------- a checkpoint's stories, or any others
 
 def near(path: str | Path, name: str) -> Path:
-    """Returns the path of `name` in the first folder above `path` that has it, else in the one we are in."""
+    """Returns where `name` is: in the first folder above `path` that has it, else in the current folder."""
     places = Path(path).absolute().parents
     return next((place / name for place in places if (place / name).exists()), Path(name))
 
 
-def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Stream]:
+def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
     """Returns the training and the validation stream of the checkpoint at `path`.
 
     They are read from its data_dir or, if they are not there, prepared again. Raises UserError if the text is
@@ -317,12 +317,13 @@ def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[st
 def generation_quality(model: Transformer, tokenizer, validation: Stream, training: Stream | None,
                        sampling: dict, seed: int) -> dict:
     """Returns {"model": figures, "human": figures, ...}: of stories generated from the openings of validation
-    stories, and of what really follows, up to the same number of tokens. The figures are those of the two
-    functions above; without training stories there are none of copies.
+    stories, and of how these stories really go on, both cut after the same number of tokens. The figures are
+    those of the two functions above; without training stories, those of copies are missing.
 
-    An opening is the first 16 tokens of a story, half of a shorter one. Neither it nor the limit depends on
-    any other story.
+    An opening is the first 16 tokens of a story, or half of a shorter one. Neither it nor the limit depends
+    on the other stories, so that an odd one (a long URL, another script) changes nothing for them.
     """
+    # An opening and what follows it fit into the context.
     eot_id, context = tokenizer.eot_id, model.config.max_seq_len
     limit = min(sampling["max_new_tokens"], max(1, context - OPENING_TOKENS))
     sampling = {**sampling, "max_new_tokens": limit}
@@ -374,6 +375,7 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
     encode, eot_id = tokenizer.encode, tokenizer.eot_id
     pairs = [(encode(item["prompt"]), ending)
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
+    # Each ending makes a story of its own: prompt, ending, end-of-text.
     rows = [[*prompt, *encode(ending), eot_id] for prompt, ending in pairs]
     losses, _ = token_losses(model, np.concatenate(rows), eot_id, "probes")
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
@@ -528,6 +530,17 @@ def plot_training(log_dirs: list[Path]) -> Path:
 
 # Both formats write bytes as GPT-2 does: those that are not printable in Latin-1 have a stand-in.
 STAND_INS = {byte: 256 + i for i, byte in enumerate((*range(33), *range(127, 161), 173))}
+TOKENIZER_JSON = """{
+ "added_tokens": [{"id": EOT_ID, "content": "<|endoftext|>", "special": true, "normalized": false,
+                   "single_word": false, "lstrip": false, "rstrip": false}],
+ "post_processor": {
+  "type": "TemplateProcessing",
+  "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+             {"Sequence": {"id": "A", "type_id": 0}}],
+  "pair": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+           {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+  "special_tokens": {
+   "<|endoftext|>": {"id": "<|endoftext|>", "ids": [EOT_ID], "tokens": ["<|endoftext|>"]}}}}"""
 FOLDER_USE = """from transformers import pipeline
 print(pipeline("text-generation", "{}")("Once upon a time")[0]["generated_text"])"""
 GGUF_USE = """llama-completion -m "{0}" -no-cnv {1} --min-p 0 -p "Once upon a time"
@@ -553,9 +566,7 @@ def bpe_vocabulary(tokenizer) -> tuple[dict[str, int], list[str]]:
 
 
 def tokenizer_json(tokenizer) -> dict:
-    """Returns tokenizer.json. A text begins with end-of-text, as in training."""
-    eot, begin = tokenizer.eot_id, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    """Returns tokenizer.json, which puts end-of-text before a text, as in training."""
     if tokenizer.name == "char":
         characters = [*tokenizer.characters, "<unk>", END_OF_TEXT]
         model = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {c: i for i, c in enumerate(characters)}}
@@ -565,12 +576,8 @@ def tokenizer_json(tokenizer) -> dict:
         ids, merges = bpe_vocabulary(tokenizer)
         model = {"type": "BPE", "vocab": ids, "merges": merges}
         split = decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    return {"model": model, "pre_tokenizer": split, "decoder": decoder,
-            "added_tokens": [{"id": eot, "content": END_OF_TEXT, "special": True, "normalized": False,
-                              "single_word": False, "lstrip": False, "rstrip": False}],
-            "post_processor": {
-                "type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
-                "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [eot], "tokens": [END_OF_TEXT]}}}}
+    whole = json.loads(TOKENIZER_JSON.replace("EOT_ID", str(tokenizer.eot_id)))
+    return whole | {"model": model, "pre_tokenizer": split, "decoder": decoder}
 
 
 def transformers_files(model: Transformer, tokenizer, sampling: SamplingConfig) -> dict[str, dict]:
@@ -645,9 +652,9 @@ def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
 
 
 def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str) -> str:
-    """Writes a file for llama.cpp where `target` ends in .gguf, else a folder for transformers, and returns
-    the lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError if it exists,
-    cannot be written or cannot hold the tokenizer.
+    """Writes a file for llama.cpp if `target` ends in .gguf, else a folder for transformers. Returns the
+    lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError if it exists, cannot
+    be written or cannot hold the tokenizer.
     """
     path = Path(target)
     is_file = path.suffix == ".gguf"
@@ -662,6 +669,7 @@ def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str)
     else:
         files = {name: json.dumps(value, indent=1).encode() for name, value in settings.items()}
         files["model.safetensors"] = safetensors(weights)
+    # It gets its name when it is complete.
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for name, content in files.items():

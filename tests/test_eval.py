@@ -354,7 +354,7 @@ def test_json_is_one_object_with_every_figure(checkpoint, command):
     assert {key: results[key] for key in expected} == expected
     assert results["checkpoint"] == str(checkpoint) and results["step"] == 7 and results["tokenizer"] == "bpe"
     assert results["dataset"] == saved["config"]["data"]["dataset"] and results["split"] == "validation"
-    for key in ("stories", "tokens", "bytes"):
+    for key in ("stories", "tokens", "bytes", "sha256"):
         assert results[key] == validation.info[key]
     quality = results["quality"]
     assert quality["model"].keys() == quality["human"].keys() == evaluation.QUALITY.keys()
