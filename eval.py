@@ -1,7 +1,17 @@
-"""Evaluates a checkpoint: its stories, its loss, its stories beside real ones, what it understands, what
-surprises it, how it learned.
+"""Measures a checkpoint, tells stories with it, shows what surprises it, draws how it learned, exports it.
 
-Evaluation is in float32 whatever training used: its numbers depend on neither batch size nor device.
+  python eval.py                                                 measures checkpoints/best_model.pt
+  python eval.py --checkpoint checkpoints/quick/best_model.pt    measures another one
+  python eval.py --data my_stories.txt                           on other stories
+  python eval.py --generate "Once upon a time" "The little girl"
+  python eval.py --interactive                                   type openings, watch the stories appear
+  python eval.py --inspect "Once upon a time there was a cat."   each token coloured by its loss
+  python eval.py --plot logs/a logs/b                            compares two runs
+  python eval.py --export my-model                               for transformers; as .gguf for llama.cpp
+
+Measuring covers loss, perplexity, bits per byte and accuracy over all validation stories, probes of what the
+model understands, and generated stories compared with real ones, all in float32 whatever training used.
+Results go to standard output, progress to standard error.
 """
 
 import argparse
@@ -14,21 +24,22 @@ import math
 import os
 import re
 import secrets
+import shutil
 import struct
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
-    END_OF_TEXT, SAMPLE, Stream, atomic_write, best_model, content, encode_stories, find_streams,
-    load_checkpoint, locate, open_dataset, prepare, progress, say, tokenizer_from_spec, write_error)
+    END_OF_TEXT, Stream, atomic_write, best_model, content, encode_stories, find_streams, first_line,
+    load_checkpoint, locate, open_dataset, prepare, progress, say, tokenizer_from_spec)
 from model import NORM_EPS, ROPE_THETA, Transformer, evaluate, story_windows
 from train import choose_device
 
@@ -37,11 +48,11 @@ PROBES = Path(__file__).parent / "data" / "probes.json"
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
-    """Returns (model, tokenizer, checkpoint) of the checkpoint at `path`, the model on `device`, in
+    """Returns (model, tokenizer, checkpoint) of the checkpoint at `path`: the model is on `device` and in
     evaluation mode.
 
-    Raises UserError where the file is missing, damaged, not a checkpoint, or its weights do not fit its
-    config, and where this machine has no such device.
+    Raises UserError if the file is missing, damaged or not a checkpoint, if its weights do not fit its
+    config, or if this machine has no such device.
     """
     path, device = best_model(path), choose_device(str(device))
     if not path.exists():
@@ -53,23 +64,24 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
         tokenizer = tokenizer_from_spec(checkpoint["tokenizer"])
         model = Transformer(ModelConfig(**checkpoint["config"]["model"]), tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, ArithmeticError, AttributeError, TypeError, ValueError, KeyError) as error:
-        detail = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise UserError(f"the weights in {path} do not fit its config and tokenizer ({detail})") from error
+    except Exception as error:  # an edited file can raise anything
+        reason = first_line(error)
+        raise UserError(f"the weights in {path} do not fit its config and tokenizer ({reason})") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"{path} has weights that are not finite; use an earlier checkpoint")
     return model.to(device).eval(), tokenizer, checkpoint
 
 
+def token_losses(model: Transformer, tokens: np.ndarray, eot_id: int, title: str) -> tuple:
+    """`evaluate` with a progress bar."""
+    return evaluate(model, tokens, eot_id,
+                    lambda batches: progress(batches, len(batches), f"{title}, in batches"))
+
+
 # ---------------------------------------------------------------- telling stories
 
-def sampling_of(options: argparse.Namespace) -> dict:
-    """Returns the options that are arguments of Transformer.generate."""
-    return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-
-
 def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
-    """Returns a generator on the model's device; without a seed a fresh one, which is printed."""
+    """Returns a generator on the model's device. Without a seed it chooses one and prints it."""
     if seed is None:
         seed = secrets.randbelow(2**31)
         say(f"seed {seed}")
@@ -78,64 +90,39 @@ def seeded_generator(model: Transformer, seed: int | None) -> torch.Generator:
 
 def warn_of_unknown(tokenizer, text: str) -> None:
     if unknown := tokenizer.name == "char" and tokenizer.unknown(text):
-        say(f"WARNING: the {tokenizer.name} tokenizer does not know {', '.join(map(repr, unknown))}: "
-             "the model sees an unknown character")
+        say(f"WARNING: the char tokenizer does not know {', '.join(map(repr, unknown))}: "
+            "the model sees one unknown character instead")
 
 
 def tell_stories(model: Transformer, tokenizer, prompts: list[str], sampling: dict,
                  generator: torch.Generator) -> None:
-    """Prints a story for each prompt, begun after end-of-text as in training; a single one token by token."""
+    """Prints a story for each prompt. A single story appears token by token, several in batches."""
     warn_of_unknown(tokenizer, "".join(prompts))
-    rows = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    eot_id = tokenizer.eot_id
+    generate = functools.partial(model.generate, **sampling, eot_id=eot_id, generator=generator)
+    rows = [[eot_id, *tokenizer.encode(prompt)] for prompt in prompts]  # as stories begin in training
     if len(rows) == 1:
         decode, show = tokenizer.decoder(), functools.partial(print, end="", flush=True)
         show(prompts[0])
-        model.generate(rows, **sampling, eot_id=tokenizer.eot_id, generator=generator,
-                       stream=lambda row, token: token == tokenizer.eot_id or show(decode(token)))
+        generate(rows, stream=lambda row, token: token == eot_id or show(decode(token)))
         print(decode(None))  # the rest of a character that the limit cut
         return
     for first in range(0, len(rows), BATCH_SIZE):
-        batch = rows[first:first + BATCH_SIZE]
-        told = model.generate(batch, **sampling, eot_id=tokenizer.eot_id, generator=generator)
-        for i, tokens in enumerate(told, first + 1):
-            story = tokenizer.decode(token for token in tokens if token != tokenizer.eot_id)
-            print(f"--- {i} of {len(rows)} ---\n{story}", flush=True)
+        for i, story in enumerate(generate(rows[first:first + BATCH_SIZE]), first + 1):
+            text = tokenizer.decode(token for token in story if token != eot_id)
+            print(f"--- {i} of {len(rows)} ---\n{text}", flush=True)
 
 
-INTERACTIVE_HELP = """Type the beginning of a story and press Enter; nothing for a story from its first word.
-  /temperature 0.5    how freely to choose the next token (0: always the likeliest)
-  /top_k 20           choose among the 20 likeliest tokens (none: all)
-  /top_p 0.9          choose among the likeliest tokens that have 90 % of the probability (none: all)
-  /max_new_tokens 200
-  /seed 1             make what follows reproducible
-  /settings  /help    show them, show this
-Ctrl-C ends a story, Ctrl-D leaves."""
-
-
-def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None:
-    """Reads openings and commands from standard input until its end."""
+def interact(model: Transformer, tokenizer, sampling: dict, num_samples: int,
+             generator: torch.Generator) -> None:
+    """Tells stories whose openings are the lines of standard input, until its end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history
-    generator = seeded_generator(model, options.seed)
-    print(INTERACTIVE_HELP)
+    print("Type the beginning of a story and press Enter. Ctrl-C ends a story, Ctrl-D ends the program.")
     while True:
         try:
-            line = input("\n> ")
-            command, _, value = line.removeprefix("/").partition(" ")
-            if not line.startswith("/"):
-                tell_stories(model, tokenizer, [line] * options.num_samples, sampling_of(options), generator)
-            elif command == "help":
-                print(INTERACTIVE_HELP)
-            elif command == "settings":
-                print(", ".join(f"{name} {value}" for name, value in sampling_of(options).items()))
-            elif f"sampling.{command}" in Config().flat():
-                setattr(options, command, parse_value(f"sampling.{command}", value))
-                if command == "seed":
-                    generator.manual_seed(options.seed)
-            else:
-                print(f"there is no command /{command}; /help lists them")
-        except UserError as error:
-            print(str(error).replace("sampling.", "/", 1))
+            opening = input("\n> ")
+            tell_stories(model, tokenizer, [opening] * num_samples, sampling, generator)
         except KeyboardInterrupt:
             print()
         except EOFError:
@@ -143,34 +130,31 @@ def interact(model: Transformer, tokenizer, options: argparse.Namespace) -> None
             return
 
 
-# ---------------------------------------------------------------- the stories of a checkpoint, and any others
+# ---------------------------------------------------------------- a checkpoint's stories, or any others
 
-def found_in(places: Iterable[Path], name: str) -> Path:
-    """Returns a file or folder in the first of the places that has it, else as it is named."""
+def near(path: str | Path, name: str) -> Path:
+    """Returns where `name` is: in the first folder above `path` that has it, else in the current folder."""
+    places = Path(path).absolute().parents
     return next((place / name for place in places if (place / name).exists()), Path(name))
 
 
-def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Stream]:
-    """Returns the training and the validation stream of a checkpoint, wherever they lie: in its data_dir here
-    or in a folder above its `path`, in the project's data/; or prepared anew from their text.
+def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
+    """Returns the training and the validation stream of the checkpoint at `path`.
 
-    Raises UserError where they cannot be had or are no longer those that the checkpoint was trained with.
+    They are read from its data_dir or, if they are not there, prepared again. Raises UserError if the text is
+    missing or has changed.
     """
-    config, above = Config.of(checkpoint["config"]), [Path(), *Path(path).absolute().parents]
-    for folder in (*(place / config.data.data_dir for place in above), SAMPLE.parent):
-        if found := find_streams(folder, content(checkpoint["dataset"])):
-            return found[1:]
-    config.data.dataset = str(found_in(above, config.data.dataset))
+    config, trained = Config.of(checkpoint["config"]), content(checkpoint["dataset"])
+    if found := find_streams(near(path, config.data.data_dir), trained):
+        return found[1:]
+    config.data.dataset = str(near(path, config.data.dataset))
     try:
         _, *streams = prepare(config, checkpoint)
     except UserError as error:
-        raise UserError(f"no stories of the checkpoint: {error}; name others with --data") from error
-    for stream in streams:
-        trained = checkpoint["dataset"][stream.info["split"]]
-        if stream.info["sha256"] != trained["sha256"]:
-            raise UserError(f"the {trained['split']} stories of {trained['dataset']!r} are not those of the "
-                            f"checkpoint any more (sha256 {trained['sha256'][:12]}, now "
-                            f"{stream.info['sha256'][:12]}); restore them, or use --data")
+        raise UserError(f"the checkpoint's stories are missing: {error}; name others with --data") from error
+    if [stream.info["sha256"] for stream in streams] != trained:
+        raise UserError(f"the stories of {config.data.dataset!r} have changed since the checkpoint was made; "
+                        "restore them, or name others with --data")
     return tuple(streams)
 
 
@@ -186,91 +170,84 @@ def read_stream(name: str, tokenizer) -> Stream:
     return Stream(np.concatenate(chunks), info)
 
 
-def story_texts(tokens: np.ndarray, tokenizer) -> Iterator[str]:
-    """Yields the text of each story of a stream."""
-    for start, end in story_windows(tokens, tokenizer.eot_id, len(tokens)):
-        yield tokenizer.decode(tokens[start:end - 1])
+def stories_of(stream: Stream, eot_id: int) -> Iterator[np.ndarray]:
+    """Yields the tokens of each story of a stream, end-of-text included."""
+    for start, end in story_windows(stream.tokens, eot_id, len(stream.tokens)):
+        yield stream.tokens[start:end]
 
 
 # ---------------------------------------------------------------- loss
 
+POSITIONS = {"0": 0, "1-3": 1, "4-15": 4, "16-63": 16, "64-255": 64, "256+": 256}  # where each range begins
+
+
 def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
-    """Returns the loss over a whole stream and what derives from it.
+    """Returns the loss over a whole stream and the figures that derive from it.
 
     loss: the summed negative log-likelihood over the number of tokens, end-of-text included, in nats per
-    token. loss_stderr: its standard error as a ratio estimator whose sampling unit is the story (Cochran
-    1977, section
-        6.4), since the tokens of a story are not independent; None for a single story.
-    perplexity: exp(loss). bits_per_byte: the summed negative log-likelihood in bits over the UTF-8 bytes of
-        the stories, which compares across tokenizers. accuracy: the share of tokens that were the likeliest
-        one.
-    loss_by_position: by the number of tokens of the story in the context, which starts anew every max_seq_len
-    tokens. loss_by_length: by the story's length in tokens, end-of-text included.
+        token. perplexity: exp(loss). accuracy: the share of tokens that were the likeliest.
+    loss_stderr: the standard error of a ratio whose sampling unit is the story (Cochran 1977, section 6.4),
+        since the tokens of a story are not independent; None for a single story.
+    bits_per_byte: the summed negative log-likelihood in bits over the UTF-8 bytes of the stories. Unlike the
+        loss, it compares across tokenizers.
+    loss_by_position: the loss by the number of tokens in the context, which restarts after max_seq_len.
     """
     tokens, eot_id = stream.tokens, tokenizer.eot_id
-    losses, hits = evaluate(model, tokens, eot_id,
-                            lambda batches: progress(batches, len(batches), "loss, in batches"))
+    losses, hits = token_losses(model, tokens, eot_id, "loss")
     losses = losses.astype(np.float64)
+    loss = losses.mean()
+
+    # How far each story is above the loss of an average story of its length; they sum to zero.
     starts, ends = story_windows(tokens, eot_id, len(tokens)).T
-    story_losses, lengths, n_stories = np.add.reduceat(losses, starts), ends - starts, len(starts)
-    loss = losses.sum() / len(losses)
-    residuals = story_losses - loss * lengths
-    stderr = None
-    if n_stories > 1:
-        stderr = math.sqrt(n_stories / (n_stories - 1) * (residuals @ residuals)) / len(losses)
-    unknown = int((tokens == tokenizer.unknown_id).sum()) if tokenizer.name == "char" else 0
-    if unknown:
-        say(f"WARNING: the char tokenizer does not know {unknown:,} of {len(tokens):,} characters: they "
-            "count as one unknown character, so bits per byte is not that of a lossless code")
-    windows = story_windows(tokens, eot_id, model.config.max_seq_len)
-    positions = np.concatenate([np.arange(end - start) for start, end in windows])
-    bits_per_byte = losses.sum() / math.log(2) / stream.info["bytes"]
+    residuals, n_stories = np.add.reduceat(losses, starts) - loss * (ends - starts), len(starts)
+    stderr = residuals.std(ddof=1) * math.sqrt(n_stories) / len(losses) if n_stories > 1 else None
+
+    if tokenizer.name == "char" and (unknown := (tokens == tokenizer.unknown_id).sum()):
+        say(f"WARNING: {unknown:,} of {len(tokens):,} characters are unknown to the char tokenizer, which "
+            "does not tell them apart, so that bits per byte is too low")
+    positions = (np.arange(len(tokens)) - np.repeat(starts, ends - starts)) % model.config.max_seq_len
     return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": bits_per_byte, "accuracy": float(hits.mean()), "unknown_characters": unknown,
-            "loss_by_position": loss_by(losses, positions, (0, 1, 4, 16, 64, 256)),
-            "loss_by_length": loss_by(losses, np.repeat(lengths, lengths),
-                                      (1, 100, 200, 300, 400, 600, 1000))}
+            "bits_per_byte": losses.sum() / math.log(2) / stream.info["bytes"], "accuracy": hits.mean(),
+            "loss_by_position": loss_by_position(losses, positions)}
 
 
-def loss_by(losses: np.ndarray, keys: np.ndarray, edges: tuple[int, ...]) -> dict[str, dict]:
-    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of tokens by where their key (N,) lies."""
-    figures = {}
-    for low, high in itertools.pairwise((*edges, math.inf)):
-        inside = (keys >= low) & (keys < high)
-        if inside.any():
-            label = f"{low}+" if high == math.inf else f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-            figures[label] = {"loss": losses[inside].mean(), "tokens": int(inside.sum())}
-    return figures
+def loss_by_position(losses: np.ndarray, positions: np.ndarray) -> dict[str, dict]:
+    """Returns {"4-15": {"loss", "tokens"}, ...}: the mean loss of the tokens whose position is in a range."""
+    ranges = np.searchsorted(list(POSITIONS.values()), positions, side="right") - 1
+    totals, counts = np.bincount(ranges, losses), np.bincount(ranges)
+    return {label: {"loss": total / count, "tokens": int(count)}
+            for label, total, count in zip(POSITIONS, totals, counts) if count}
 
 
 def loss_table(results: dict) -> str:
     error = results["loss_stderr"]
-    shown = "" if error is None else f" ± {error:.4f} (standard error over stories),"
-    lines = [f"{results['checkpoint']}, step {results['step']:,}",
-             f"on {results['dataset']}, {results['split']}: {results['stories']:,} stories, "
-             f"{results['tokens']:,} tokens of the {results['tokenizer']} tokenizer "
-             f"({results['vocab_size']:,}), {results['bytes']:,} bytes\n",
-             f"loss            {results['loss']:.4f}{shown} nats per token",
-             f"perplexity      {results['perplexity']:.3f}",
-             f"bits per byte   {results['bits_per_byte']:.4f}",
-             f"accuracy        {results['accuracy']:.1%} of the tokens were the likeliest one\n"]
-    for title, key in (("tokens in context", "loss_by_position"), ("tokens in story", "loss_by_length")):
-        lines.append(f"{title:<20}{'loss':>8}{'tokens':>12}")
-        rows = results[key].items()
-        lines += [f"{label:<20}{row['loss']:>8.3f}{row['tokens']:>12,}" for label, row in rows] + [""]
-    return "\n".join(lines)
+    rows = [f"{label:<20}{row['loss']:>8.3f}{row['tokens']:>12,}"
+            for label, row in results["loss_by_position"].items()]
+    return """\
+{checkpoint}, step {step:,}
+on {dataset}, {split}: {stories:,} stories, {bytes:,} bytes
+{tokens:,} tokens of the {tokenizer} tokenizer ({vocab_size:,})
+
+loss            {loss:.4f}{error} nats per token
+perplexity      {perplexity:.3f}
+bits per byte   {bits_per_byte:.4f}
+accuracy        {accuracy:.1%} of the tokens were the likeliest one
+
+tokens in context       loss      tokens
+{rows}
+""".format(**results, rows="\n".join(rows),
+           error="" if error is None else f" ± {error:.4f} (standard error over stories),")
 
 
 # ---------------------------------------------------------------- quality of generated stories
 
-OPENING_WORDS = 8
+OPENING_TOKENS = 16
 MOST_STORIES = 64
 QUALITY = {  # figure: (row of the table, format)
-    "ended": ("end by themselves", ".1%"), "words": ("words, mean", ".1f"),
-    "distinct_2": ("distinct 2-grams", ".1%"), "repeated_4grams": ("4-grams repeated in the story", ".1%"),
+    "ended": ("stories that reach their end", ".1%"), "words": ("words per story", ".1f"),
+    "repeated_4grams": ("4-grams repeated in a story", ".1%"),
     "self_similarity": ("similarity to another story", ".1%"),
-    "copied_4grams": ("4-grams found in training", ".1%"), "longest_copy": ("longest copy, words", ".1f"),
-    "unseen_words": ("words not in training", ".2%"),
+    "copied_4grams": ("4-grams found in training", ".1%"), "unseen_words": ("words not in training", ".2%"),
 }
 
 
@@ -282,123 +259,103 @@ class Continuation:
 
 
 def split_words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+    """Returns the words of a text in lower case, without punctuation, as Unicode divides it (Annex 29): in
+    Chinese or Thai, which have no spaces, each character is a word.
+    """
+    return regex.findall(r"(?w)\b\w.*?\b", text.lower())
 
 
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n))))
 
 
-def all_ngrams(stories: list[Continuation], n: int) -> list[tuple[str, ...]]:
-    return [gram for story in stories for gram in ngrams(story.words, n)]
-
-
-def opening(story: str) -> str:
-    """Returns a story's first words, eight or half of a shorter story, with punctuation and spaces."""
-    n_words = min(OPENING_WORDS, len(story.split()) // 2)
-    return re.match(rf"(\s*\S+){{{n_words}}}", story)[0]
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return _share(sum(known), len(known))
+def mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def quality_figures(stories: list[Continuation]) -> dict[str, float | None]:
     """Returns figures of a set of stories, None where undefined. n-grams are of words, within a story.
 
-    ended: share of stories that end by end-of-text. words: mean length of a story. distinct_2: distinct
-    2-grams over all 2-grams (Li et al. 2016, arXiv:1510.03055); falls with the set's size. repeated_4grams:
-    share of a story's 4-grams that it has used before, mean over stories (seq-rep-4, Welleck et al.
-        2019, arXiv:1908.04319).
-    self_similarity: ROUGE-2 F1 (Lin 2004: the 2-grams that two stories share over their mean number of
-        2-grams) of a story with the one of the set most similar to it, mean over stories (as the TinyStories
-        paper measures diversity, Eldan & Li 2023, arXiv:2305.07759).
+    ended: the share of stories that end by end-of-text. words: the mean length of a story.
+    repeated_4grams: the share of a story's 4-grams that it has used before, mean over stories (seq-rep-4,
+        Welleck et al. 2019, arXiv:1908.04319).
+    self_similarity: the ROUGE-2 F1 of a story with the one of the set that is most similar to it, mean over
+        stories, by which the TinyStories paper measures diversity (Eldan & Li 2023, arXiv:2305.07759). It is
+        the number of 2-grams that two stories share over their mean number of 2-grams (Lin 2004).
     """
-    grams = all_ngrams(stories, 2)
-    four_grams = [ngrams(story.words, 4) for story in stories]
+    four_grams = [grams for story in stories if (grams := ngrams(story.words, 4))]
     counts = [Counter(ngrams(story.words, 2)) for story in stories]
     similarities = [[2 * (a & b).total() / max(1, a.total() + b.total()) for b in counts if b is not a]
                     for a in counts]
-    return {"ended": _mean(story.ended for story in stories),
-            "words": _mean(len(story.words) for story in stories),
-            "distinct_2": _share(len(set(grams)), len(grams)),
-            "repeated_4grams": _mean(_share(len(own) - len(set(own)), len(own)) for own in four_grams),
-            "self_similarity": _mean(max(row, default=None) for row in similarities)}
+    return {"ended": mean(story.ended for story in stories),
+            "words": mean(len(story.words) for story in stories),
+            "repeated_4grams": mean(1 - len(set(grams)) / len(grams) for grams in four_grams),
+            "self_similarity": mean(max(row) for row in similarities if row)}
 
 
 def copy_figures(groups: list[list[Continuation]], training_stories: Iterable[str]) -> list[dict]:
     """Returns, for each set of stories, how much of it stands in the training stories, which are read once.
 
-    copied_4grams: share of the set's 4-grams that some training story has. longest_copy: the most words in a
-    row that a story of the set shares with a training story (n-gram overlap as a sign of memorisation: Eldan
-    & Li 2023). unseen_words: share of the set's words that no training story has: misspellings, inventions.
+    copied_4grams: the share of its 4-grams that some training story has, a sign of memorisation (Eldan & Li
+        2023). unseen_words: the share of its words that no training story has: misspellings, inventions.
     """
-    words, four_grams = ({gram for group in groups for gram in all_ngrams(group, n)} for n in (1, 4))
-    seen_words, seen_four_grams = set(), set()
-    longest = [0] * len(groups)
-    longer = [set(all_ngrams(group, 1)) for group in groups]  # n-grams of one word more
-    for text in training_stories:
-        story = split_words(text)
-        seen_words.update(words.intersection(ngrams(story, 1)))
-        seen_four_grams.update(four_grams.intersection(ngrams(story, 4)))
-        for i, group in enumerate(groups):
-            while not longer[i].isdisjoint(ngrams(story, longest[i] + 1)):
-                longest[i] += 1
-                longer[i] = set(all_ngrams(group, longest[i] + 1))
-    return [{"copied_4grams": _mean(gram in seen_four_grams for gram in all_ngrams(group, 4)),
-             "longest_copy": copy,
-             "unseen_words": _mean(word not in seen_words for word in all_ngrams(group, 1))}
-            for group, copy in zip(groups, longest)]
+    words, four_grams = ([[gram for story in group for gram in ngrams(story.words, n)] for group in groups]
+                         for n in (1, 4))
+    wanted, seen = set(itertools.chain(*words, *four_grams)), set()
+    for story in map(split_words, training_stories):
+        seen.update(wanted.intersection(ngrams(story, 1) + ngrams(story, 4)))
+    return [{"copied_4grams": mean(gram in seen for gram in grams),
+             "unseen_words": mean(word not in seen for word in own)} for own, grams in zip(words, four_grams)]
 
 
 def generation_quality(model: Transformer, tokenizer, validation: Stream, training: Stream | None,
                        sampling: dict, seed: int) -> dict:
-    """Returns {"model": figures, "human": figures, ...}: stories generated from the openings of validation
-    stories, and what those stories really say after the same openings, cut at the same number of tokens. See
-    the two functions above. Without training stories, copies are unknown.
+    """Returns {"model": figures, "human": figures, ...}: of stories generated from the openings of validation
+    stories, and of how these stories really go on, both cut after the same number of tokens. The figures are
+    those of the two functions above; without training stories, those of copies are missing.
+
+    An opening is the first 16 tokens of a story, or half of a shorter one. Neither it nor the limit depends
+    on the other stories, so that an odd one (a long URL, another script) changes nothing for them.
     """
-    eot_id, generator = tokenizer.eot_id, seeded_generator(model, seed)
-    texts = list(itertools.islice(story_texts(validation.tokens, tokenizer), MOST_STORIES))
-    prompts = [[eot_id, *tokenizer.encode(opening(text))] for text in texts]
-    limit = min(sampling["max_new_tokens"], max(1, model.config.max_seq_len - max(map(len, prompts))))
+    # An opening and what follows it fit into the context.
+    eot_id, context = tokenizer.eot_id, model.config.max_seq_len
+    limit = min(sampling["max_new_tokens"], max(1, context - OPENING_TOKENS))
     sampling = {**sampling, "max_new_tokens": limit}
-    with progress(None, len(texts) * limit, "generating tokens, at most") as bar:
-        rows = model.generate(prompts, **sampling, eot_id=eot_id, generator=generator,
-                              stream=lambda row, token: bar.update())
+    stories = [story.tolist() for story in itertools.islice(stories_of(validation, eot_id), MOST_STORIES)]
+    openings = [story[:min(OPENING_TOKENS, len(story) // 2)] for story in stories]
+    with progress(None, len(stories) * limit, "generating tokens, at most") as bar:
+        rows = model.generate([[eot_id, *tokens] for tokens in openings], **sampling, eot_id=eot_id,
+                              generator=seeded_generator(model, seed), stream=lambda *_: bar.update())
 
-    def continuation(tokens: list[int]) -> Continuation:
-        ended = tokens[-1] == eot_id
-        words = split_words(tokenizer.decode(tokens[:-1] if ended else tokens))
-        return Continuation(words if ended else words[:-1], ended)  # the limit may cut the last word
+    def continuation(opening: list[int], story: list[int]) -> Continuation:
+        ended = story[-1] == eot_id
+        words = split_words(tokenizer.decode(story[:len(story) - ended]))
+        begun = len(split_words(tokenizer.decode(opening)))  # a word that both parts share is the opening's
+        return Continuation(words[begun:len(words) - (not ended)], ended)  # the limit may cut the last word
 
-    real = [[*tokenizer.encode(text)[len(prompt) - 1:], eot_id] for text, prompt in zip(texts, prompts)]
-    groups = [[continuation(row[len(prompt):]) for row, prompt in zip(rows, prompts)],
-              [continuation(row[:limit]) for row in real]]
-    figures, copies = map(quality_figures, groups), [{}, {}]
+    real = [story[:len(opening) + limit] for opening, story in zip(openings, stories)]
+    groups = [list(map(continuation, openings, group)) for group in ([row[1:] for row in rows], real)]
+    columns = list(map(quality_figures, groups))
     if training:
-        stories = story_texts(training.tokens, tokenizer)
-        stories = progress(stories, training.info["stories"], "looking for copies in stories")
-        copies = copy_figures(groups, stories)
-    columns = dict(zip(("model", "human"), (a | b for a, b in zip(figures, copies))))
-    return {**columns, "stories": len(texts), **sampling, "seed": seed}
+        texts = (tokenizer.decode(story[:-1]) for story in stories_of(training, eot_id))
+        texts = progress(texts, training.info["stories"], "looking for copies in stories")
+        columns = [figures | copies for figures, copies in zip(columns, copy_figures(groups, texts))]
+    return {"model": columns[0], "human": columns[1], "stories": len(stories), **sampling, "seed": seed}
 
 
 def quality_table(quality: dict) -> str:
-    lines = [f"{quality['stories']} generated stories beside the real ones that begin so, the first "
-             f"{quality['max_new_tokens']} tokens of each\n(temperature {quality['temperature']:g}, top_k "
-             f"{quality['top_k']}, top_p {quality['top_p']}, seed {quality['seed']})\n",
-             f"{'':<32}{'model':>10}{'human':>10}"]
+    rows = []
     for name, (label, style) in QUALITY.items():
         values = [quality[column].get(name) for column in ("model", "human")]
         cells = ["-" if value is None else format(value, style) for value in values]
-        lines.append(f"{label:<32}{cells[0]:>10}{cells[1]:>10}")
-    return "\n".join(lines)
+        rows.append(f"{label:<32}{cells[0]:>10}{cells[1]:>10}")
+    return """\
+{stories} generated stories and the real ones with the same openings, up to {max_new_tokens} tokens of each
+(temperature {temperature:g}, top_k {top_k}, top_p {top_p}, seed {seed})
+
+                                     model     human
+{rows}""".format(**quality, rows="\n".join(rows))
 
 
 # ---------------------------------------------------------------- probes
@@ -406,40 +363,39 @@ def quality_table(quality: dict) -> str:
 def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) -> dict[str, dict]:
     """Returns {group: {"accuracy", "chance", "items", "failed"}} of items {"prompt", "right", "wrong": []}.
 
-    A continuation's score is its log-likelihood after the prompt per UTF-8 byte; an item is passed when the
-    right one scores highest; `failed` lists the others. (Groups as in Eldan & Li 2023, arXiv:2305.07759.)
+    The score of a continuation is its log-likelihood after the prompt per UTF-8 byte. An item is passed if
+    the right one has the highest score; `failed` lists the others. (Groups as in Eldan & Li 2023,
+    arXiv:2305.07759.)
     """
-    texts = [(item["prompt"], ending)
+    encode, eot_id = tokenizer.encode, tokenizer.eot_id
+    pairs = [(encode(item["prompt"]), ending)
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
-    rows = [[*tokenizer.encode(prompt), *tokenizer.encode(ending), tokenizer.eot_id]
-            for prompt, ending in texts]
-    losses, _ = evaluate(model, np.concatenate(rows), tokenizer.eot_id,
-                         lambda batches: progress(batches, len(batches), "probes, in batches"))
+    # Each ending makes a story of its own: prompt, ending, end-of-text.
+    rows = [[*prompt, *encode(ending), eot_id] for prompt, ending in pairs]
+    losses, _ = token_losses(model, np.concatenate(rows), eot_id, "probes")
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
-    scores = (-row[len(tokenizer.encode(prompt)):-1].sum(dtype=np.float64) / len(ending.encode())
-              for row, (prompt, ending) in zip(losses, texts))
+    scores = (-row[len(prompt):-1].sum(dtype=np.float64) / len(ending.encode())
+              for row, (prompt, ending) in zip(losses, pairs))
     figures = {}
     for group, items in groups.items():
-        failed = []
-        for item in items:
-            right, *wrong = itertools.islice(scores, 1 + len(item["wrong"]))
-            if right <= max(wrong):
-                failed.append(item["prompt"] + item["right"])
+        failed = [item["prompt"] + item["right"] for item in items
+                  if next(scores) <= max(itertools.islice(scores, len(item["wrong"])))]
         figures[group] = {"accuracy": 1 - len(failed) / len(items), "items": len(items), "failed": failed,
-                          "chance": _mean(1 / (1 + len(item["wrong"])) for item in items)}
+                          "chance": mean(1 / (1 + len(item["wrong"])) for item in items)}
     return figures
 
 
 def probe_table(probes: dict[str, dict]) -> str:
-    rows = [f"{group:<12}{row['accuracy']:>10.1%}{row['chance']:>10.1%}{row['items']:>8}"
+    rows = [f"{group:<12}{row['accuracy']:>10.1%}{row['chance']:>10.1%}{row['items']:>8}\n"
             for group, row in probes.items()]
-    return "\n".join([f"{'probes':<12}{'accuracy':>10}{'chance':>10}{'items':>8}", *rows, ""])
+    return "probes        accuracy    chance   items\n" + "".join(rows)
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- all measurements
 
-def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: argparse.Namespace) -> None:
-    """Prints loss, probes and generation quality, what is quick first; or all as one JSON object."""
+def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, sampling: dict, seed: int,
+                   options: argparse.Namespace) -> None:
+    """Prints loss, probes and quality, each as soon as it is known; or all of them as one JSON object."""
     training, show = None, (lambda text: None) if options.json else functools.partial(print, flush=True)
     try:
         training, stream = open_streams(checkpoint, options.checkpoint)
@@ -449,8 +405,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
         say(f"WARNING: {error}; copies of training stories cannot be counted")
     if options.data:
         stream = read_stream(options.data, tokenizer)
-    results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"],
-               **{key: stream.info[key] for key in ("dataset", "split", "stories", "tokens", "bytes")},
+    results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"], **stream.info,
                "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
                **loss_figures(model, tokenizer, stream)}
     show(loss_table(results))
@@ -458,8 +413,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
     groups.pop("about")
     results["probes"] = probe_figures(model, tokenizer, groups)
     show(probe_table(results["probes"]))
-    results["quality"] = generation_quality(model, tokenizer, stream, training, sampling_of(options),
-                                            options.seed or 0)
+    results["quality"] = generation_quality(model, tokenizer, stream, training, sampling, seed)
     show(quality_table(results["quality"]))
     if options.json:
         print(json.dumps(results, indent=1, allow_nan=False))
@@ -470,47 +424,35 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
 LOSS_COLOURS = (231, 230, 229, 222, 216, 209, 203, 196)  # of 256; one per nat: 0-1, ..., 7 and more
 
 
-def text_losses(model: Transformer, tokenizer, text: str) -> list[tuple[str, float]]:
-    """Returns the pieces of a text, tokens or several that share a character, and their losses in nats."""
-    tokens = np.array(tokenizer.encode(text))
-    losses, _ = evaluate(model, tokens, tokenizer.eot_id)
-    decode, pieces, held_loss = tokenizer.decoder(), [], 0.0
-    for token, loss in zip([*tokens, None], [*losses.tolist(), 0.0]):
-        held_loss += loss
-        if piece := decode(token):
-            pieces.append((piece, held_loss))
-            held_loss = 0.0
-    return pieces
+def paint(text: str, loss: float) -> str:
+    """Returns a text on the background of its loss, for a terminal; no colour runs past the end of a line."""
+    colour = LOSS_COLOURS[min(int(loss), len(LOSS_COLOURS) - 1)]
+    return re.sub("[^\n]+", f"\x1b[48;5;{colour};38;5;16m\\g<0>\x1b[0m", text.replace("\n", "↵\n"))
 
 
-def print_losses(pieces: list[tuple[str, float]], coloured: bool) -> None:
-    """Prints pieces on a background coloured by their loss; without colours a line each, loss first."""
-    if not coloured:
-        print("\n".join(f"{loss:7.2f}  {piece!r}" for piece, loss in pieces))
-        return
-
-    def paint(text: str, loss: float) -> str:
-        start = f"\x1b[48;5;{LOSS_COLOURS[min(int(loss), len(LOSS_COLOURS) - 1)]};38;5;16m"
-        # No colour runs on past its line.
-        return re.sub("[^\n]+", f"{start}\\g<0>\x1b[0m", text.replace("\n", "↵\n"))
-
-    legend = "".join(paint(f" {level} ", level) for level in range(len(LOSS_COLOURS)))
-    print("".join(paint(*piece) for piece in pieces) + f"\n\n{legend}+ nats")
-
-
-def run_inspection(model: Transformer, tokenizer, checkpoint: dict, text: str) -> None:
+def inspect(model: Transformer, tokenizer, text: str) -> None:
+    """Prints a text, each token coloured by its loss; where there are no colours a line each, loss first."""
     if not text:
         raise UserError("--inspect needs a text that is not empty")
     warn_of_unknown(tokenizer, text)
-    pieces = text_losses(model, tokenizer, text)
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print_losses(pieces, coloured)
-    total, n_tokens = sum(loss for _, loss in pieces), len(tokenizer.encode(text))
-    mean, n_bytes = total / n_tokens, len(text.encode("utf-8", "replace"))
-    dataset = checkpoint["dataset"]["train"]["dataset"]
-    print(f"\n{n_tokens:,} tokens of the {tokenizer.name} tokenizer, {dataset} model: loss {mean:.3f} nats "
-          f"per token, perplexity {math.exp(min(700, mean)):.2f}, "
-          f"{total / math.log(2) / n_bytes:.3f} bits per byte")
+    tokens = np.array(tokenizer.encode(text))
+    losses, _ = token_losses(model, tokens, tokenizer.eot_id, "loss")
+
+    # Tokens that share a character are shown as one piece.
+    decode, pieces, held = tokenizer.decoder(), [], 0.0
+    for token, loss in zip([*tokens, None], [*losses.tolist(), 0.0]):
+        held += loss
+        if piece := decode(token):
+            pieces.append((piece, held))
+            held = 0.0
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        legend = "".join(paint(f" {level} ", level) for level in range(len(LOSS_COLOURS)))
+        print("".join(itertools.starmap(paint, pieces)) + f"\n\n{legend}+ nats")
+    else:
+        print("\n".join(f"{loss:7.2f}  {piece!r}" for piece, loss in pieces))
+    bits_per_byte = losses.sum() / math.log(2) / len(text.encode("utf-8", "replace"))
+    print(f"\n{len(tokens):,} tokens of the {tokenizer.name} tokenizer: loss {losses.mean():.3f} nats per "
+          f"token, {bits_per_byte:.3f} bits per byte")
 
 
 # ---------------------------------------------------------------- training curves
@@ -519,51 +461,42 @@ PANELS = {"val_loss": "loss (nats per token, log scale)", "val_bits_per_byte": "
           "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 
 
-def read_metrics(log_dir: Path) -> dict[str, np.ndarray]:
-    """Returns each metric of a run as an array, one value an evaluation, NaN where it is missing. A line that
-    is not complete yet is passed over. Raises UserError where there are no metrics.
+def read_metrics(log_dir: Path):
+    """Returns the metrics of a run as a table, a row for each evaluation, NaN where a value is missing.
+    Raises UserError if there are none.
     """
+    import pandas  # comes with datasets
+
     path, rows = log_dir / "metrics.jsonl", []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; train first, or name a folder of logs: "
-                        "--plot LOGDIR") from None
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict):
-                rows.append(row)
+    with contextlib.suppress(OSError, ValueError):
+        lines = path.read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be incomplete
     if not rows:
-        raise UserError(f"{path} holds no metrics yet: they come with the first evaluation of a run")
-    names = ("step", "train_loss", *PANELS)
-    return {name: np.array([row.get(name) for row in rows], float) for name in names}
+        raise UserError(f"{path} has no readable metrics: a run writes them at its first evaluation; --plot "
+                        "LOGDIR names another folder")
+    return pandas.DataFrame(rows, columns=["step", "train_loss", *PANELS], dtype=float)
 
 
 def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
-    """Draws a run's metrics into {metric: axes}; a star marks the lowest validation loss."""
-    # matplotlib leaves out names that begin with _, and takes what is between dollars for a formula.
-    label = " " + os.fsencode(log_dir).decode(errors="replace").replace("$", r"\$")
+    """Draws the metrics of a run into {metric: axes}, with a star at the lowest validation loss."""
     run = read_metrics(log_dir)
-    steps, losses = run["step"], run["val_loss"]
-    style = {"color": colour, "marker": "." if len(steps) < 20 else ""}
-    if not np.isnan(losses).all():
-        best = np.nanargmin(losses)
-        panels["val_loss"].plot(steps[best], losses[best], "*", color=colour, markersize=15, zorder=3)
-        label += f"\nbest {losses[best]:.4f} at step {steps[best]:,.0f}"
-    panels["val_loss"].plot(steps, run["train_loss"], "--", alpha=0.6, **style)
+    best = run.sort_values("val_loss").iloc[0]
+    label = f"best {best.val_loss:.4f} at step {best.step:,.0f}\n{log_dir}"
+    label = os.fsencode(label).decode(errors="replace").replace("$", r"\$")  # else $...$ is a formula
+    style = {"color": colour, "marker": "." if len(run) < 20 else ""}
+    panels["val_loss"].plot(best.step, best.val_loss, "*", color=colour, markersize=15, zorder=3)
+    panels["val_loss"].plot(run.step, run.train_loss, "--", alpha=0.6, **style)
     for name, axes in panels.items():
-        axes.plot(steps, run[name], label=label, **style)
+        axes.plot(run.step, run[name], label=label, **style)
 
 
 def logs_of(path: Path) -> Path:
-    """Returns the log folder of the checkpoint at `path`, which a relative one has above it."""
-    return found_in(path.absolute().parents, load_checkpoint(path)["config"]["training"]["log_dir"])
+    """Returns the log folder of the checkpoint at `path`."""
+    return near(path, load_checkpoint(path)["config"]["training"]["log_dir"])
 
 
 def plot_training(log_dirs: list[Path]) -> Path:
-    """Draws the training curves of one run or several; returns the PNG, in the first one's folder, or here if
-    that is read-only.
-    """
+    """Draws the training curves of one or several runs. Returns the PNG, which is in the first folder."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.4), layout="constrained")
@@ -572,20 +505,17 @@ def plot_training(log_dirs: list[Path]) -> Path:
     for i, log_dir in enumerate(log_dirs):
         draw_run(panels, log_dir, f"C{i}")
     for name, axes in panels.items():
-        axes.set_title(PANELS[name], loc="left", fontsize=11)
-        axes.set(xlabel="step", xlim=(0, None))
+        axes.set(title=PANELS[name], xlabel="step", xlim=(0, None))
+        axes.locator_params(axis="x", nbins=4)  # room for six digits
         axes.grid(alpha=0.25)
-        axes.locator_params(axis="x", nbins=4, integer=True)
-        if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not where every value is missing
+        if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not if every value is missing
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-    panels["val_loss"].plot([], [], color="grey", label="validation")
-    panels["val_loss"].plot([], [], "--", color="grey", label="training")
-    panels["val_loss"].legend(loc="upper right", frameon=False, fontsize=9)
-    path = (log_dirs[0] if os.access(log_dirs[0], os.W_OK) else Path()) / "training_curves.png"
+    panels["val_loss"].legend(title="solid: validation, dashed: training", loc="upper right", frameon=False)
+    path = log_dirs[0] / "training_curves.png"
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=200)
     return path
@@ -595,6 +525,17 @@ def plot_training(log_dirs: list[Path]) -> Path:
 
 # Both formats write bytes as GPT-2 does: those that are not printable in Latin-1 have a stand-in.
 STAND_INS = {byte: 256 + i for i, byte in enumerate((*range(33), *range(127, 161), 173))}
+TOKENIZER_JSON = """{
+ "added_tokens": [{"id": EOT_ID, "content": "<|endoftext|>", "special": true, "normalized": false,
+                   "single_word": false, "lstrip": false, "rstrip": false}],
+ "post_processor": {
+  "type": "TemplateProcessing",
+  "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+             {"Sequence": {"id": "A", "type_id": 0}}],
+  "pair": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+           {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+  "special_tokens": {
+   "<|endoftext|>": {"id": "<|endoftext|>", "ids": [EOT_ID], "tokens": ["<|endoftext|>"]}}}}"""
 FOLDER_USE = """from transformers import pipeline
 print(pipeline("text-generation", "{}")("Once upon a time")[0]["generated_text"])"""
 GGUF_USE = """llama-completion -m "{0}" -no-cnv {1} --min-p 0 -p "Once upon a time"
@@ -620,9 +561,7 @@ def bpe_vocabulary(tokenizer) -> tuple[dict[str, int], list[str]]:
 
 
 def tokenizer_json(tokenizer) -> dict:
-    """Returns tokenizer.json. A text begins with end-of-text, as in training."""
-    eot, begin = tokenizer.eot_id, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    """Returns tokenizer.json, which puts end-of-text before a text, as in training."""
     if tokenizer.name == "char":
         characters = [*tokenizer.characters, "<unk>", END_OF_TEXT]
         model = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {c: i for i, c in enumerate(characters)}}
@@ -632,12 +571,8 @@ def tokenizer_json(tokenizer) -> dict:
         ids, merges = bpe_vocabulary(tokenizer)
         model = {"type": "BPE", "vocab": ids, "merges": merges}
         split = decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    return {"model": model, "pre_tokenizer": split, "decoder": decoder,
-            "added_tokens": [{"id": eot, "content": END_OF_TEXT, "special": True, "normalized": False,
-                              "single_word": False, "lstrip": False, "rstrip": False}],
-            "post_processor": {
-                "type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
-                "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [eot], "tokens": [END_OF_TEXT]}}}}
+    whole = json.loads(TOKENIZER_JSON.replace("EOT_ID", str(tokenizer.eot_id)))
+    return whole | {"model": model, "pre_tokenizer": split, "decoder": decoder}
 
 
 def transformers_files(model: Transformer, tokenizer, sampling: SamplingConfig) -> dict[str, dict]:
@@ -712,87 +647,74 @@ def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
 
 
 def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str) -> str:
-    """Writes a file for llama.cpp where `target` ends in .gguf, else a folder for transformers, and returns
-    the lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError where it exists,
-    cannot be written or cannot hold the tokenizer.
+    """Writes a file for llama.cpp if `target` ends in .gguf, else a folder for transformers. Returns the
+    lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError if it exists, cannot
+    be written or cannot hold the tokenizer.
     """
-    path, settings = Path(target), transformers_files(model, tokenizer, sampling)
-    weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    path = Path(target)
+    is_file = path.suffix == ".gguf"
     if os.path.lexists(path):
         raise UserError(f"{path} exists: move it away, or choose another name")
-    if path.suffix != ".gguf":
+    if is_file and tokenizer.name == "char":
+        raise UserError("llama.cpp has no char tokenizer: export a folder (a name without .gguf)")
+    settings = transformers_files(model, tokenizer, sampling)
+    weights = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    if is_file:
+        files = {"": gguf(settings["config.json"], tokenizer, weights)}
+    else:
         files = {name: json.dumps(value, indent=1).encode() for name, value in settings.items()}
         files["model.safetensors"] = safetensors(weights)
-    elif tokenizer.name == "char":
-        raise UserError("llama.cpp has no char tokenizer: export a folder (a name without .gguf)")
-    else:
-        files = {"": gguf(settings["config.json"], tokenizer, weights)}
+    # It gets its name when it is complete.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-            finished = Path(folder, path.name)
-            for name, content in files.items():
-                with atomic_write(finished / name, len(content)) as file:
-                    file.write(content)
-            finished.rename(path)
-    except OSError as error:
-        raise write_error(path, error) from error
+        for name, content in files.items():
+            with atomic_write(unfinished / name, len(content)) as file:
+                file.write(content)
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     chosen = f"--temp {sampling.temperature:g} --top-k {sampling.top_k or 0} --top-p {sampling.top_p or 1:g}"
-    return (GGUF_USE if path.suffix == ".gguf" else FOLDER_USE).format(path.as_posix(), chosen)
+    return (GGUF_USE if is_file else FOLDER_USE).format(path.as_posix(), chosen)
 
 
 # ---------------------------------------------------------------- command line
 
-DESCRIPTION = """Evaluates a checkpoint, tells stories with it, draws how it learned.
-
-  python eval.py                                                 all about checkpoints/best_model.pt
-  python eval.py --checkpoint checkpoints/quick/best_model.pt    about another one
-  python eval.py --data my_stories.txt                           on other stories
-  python eval.py --generate "Once upon a time" "The little girl"
-  python eval.py --interactive                                   type openings, watch the stories appear
-  python eval.py --inspect "Once upon a time there was a cat."   what surprises the model
-  python eval.py --plot logs/a logs/b                            compare two runs
-  python eval.py --export my-model                               for transformers, as .gguf for llama.cpp
-
-Without one of these: loss, perplexity, bits per byte and accuracy on all validation stories, understanding
-probes, and generated stories beside real ones. Results go to standard output, progress to standard error."""
-
-
 def dataset_name(text: str) -> str:
-    """Returns the name of a dataset as --data has it. Raises UserError where there is none."""
+    """Returns the name of a dataset, as --data has it. Raises UserError if there is no such dataset."""
     name = parse_value("data.dataset", text)
     locate(name)
     return name
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(DESCRIPTION, settings=False)
-    parser.add_argument("--checkpoint", metavar="FILE", type=best_model,
+    parser = ArgumentParser(__doc__, settings=False)
+    parser.add_argument("--checkpoint", type=best_model,
                         help="a file, or the folder of a run; default: checkpoints/best_model.pt")
-    parser.add_argument("--data", metavar="NAME", type=dataset_name,
-                        help="evaluate on any file, folder or dataset that train.py takes; default: the "
+    parser.add_argument("--data", type=dataset_name,
+                        help="measure on any file, folder or dataset that train.py takes; default: the "
                         "checkpoint's validation stories")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--json", action="store_true", help="print the evaluation as one JSON object")
-    modes.add_argument("--generate", nargs="+", metavar="OPENING", help='tell stories; "" is allowed')
-    modes.add_argument("--interactive", action="store_true", help="tell stories as you type openings")
+    modes.add_argument("--json", action="store_true", help="print the measurements as one JSON object")
+    modes.add_argument("--generate", nargs="+", metavar="OPENING",
+                       help='tell stories with these openings; "" is allowed')
+    modes.add_argument("--interactive", action="store_true", default=None,
+                       help="tell stories with the openings that you type")
     modes.add_argument("--inspect", metavar="TEXT", help="print the text, each token coloured by its loss")
     modes.add_argument("--plot", nargs="*", metavar="LOGDIR", help="draw the training curves of one run or "
                        "several into the first folder; default: the logs of --checkpoint, or logs/")
-    modes.add_argument("--export", metavar="NAME", help="write a folder for transformers, or where NAME ends "
-                       "in .gguf a file for llama.cpp")
+    modes.add_argument("--export", metavar="NAME", help="write a folder for transformers, or, if NAME ends "
+                       "in .gguf, a file for llama.cpp")
     for name, default in dataclasses.asdict(SamplingConfig()).items():
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*names, metavar="N", default=argparse.SUPPRESS,
-                            help=f"default: the checkpoint's, mostly {str(default).lower()}",
+                            help=f"default: the checkpoint's, usually {str(default).lower()}",
                             type=functools.partial(parse_value, f"sampling.{name}"))
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps",
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps",
                         type=lambda text: choose_device(parse_value("training.device", text)))
     options = parser.parse_args()
-    others = (options.generate, options.interactive or None, options.inspect, options.plot, options.export)
-    if options.data and any(other is not None for other in others):
-        raise UserError("--data is for an evaluation: leave --generate, --interactive, --inspect, --plot and "
-                        "--export out, or --data")
+    for mode in ("generate", "interactive", "inspect", "plot", "export"):
+        if options.data and getattr(options, mode) is not None:
+            raise UserError(f"--data is for measuring: leave out --data or --{mode}")
     return options
 
 
@@ -804,19 +726,20 @@ def main() -> None:
         return
     options.checkpoint = options.checkpoint or "checkpoints/best_model.pt"
     model, tokenizer, checkpoint = load_model(options.checkpoint, options.device)
-    sampling = Config.of(checkpoint["config"]).sampling
-    options = argparse.Namespace(**{**dataclasses.asdict(sampling), **vars(options)})
+    sampling = dataclasses.asdict(Config.of(checkpoint["config"]).sampling)
+    sampling |= {name: value for name, value in vars(options).items() if name in sampling}
+    seed, num_samples = sampling.pop("seed"), sampling.pop("num_samples")
     if options.generate:
-        prompts = [prompt for prompt in options.generate for _ in range(options.num_samples)]
-        tell_stories(model, tokenizer, prompts, sampling_of(options), seeded_generator(model, options.seed))
+        prompts = [prompt for prompt in options.generate for _ in range(num_samples)]
+        tell_stories(model, tokenizer, prompts, sampling, seeded_generator(model, seed))
     elif options.interactive:
-        interact(model, tokenizer, options)
+        interact(model, tokenizer, sampling, num_samples, seeded_generator(model, seed))
     elif options.inspect is not None:
-        run_inspection(model, tokenizer, checkpoint, options.inspect)
+        inspect(model, tokenizer, options.inspect)
     elif options.export is not None:
-        print(export(model, tokenizer, SamplingConfig(**sampling_of(options)), options.export))
+        print(export(model, tokenizer, SamplingConfig(**sampling), options.export))
     else:
-        run_evaluation(model, tokenizer, checkpoint, options)
+        run_evaluation(model, tokenizer, checkpoint, sampling, seed or 0, options)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import itertools
 import json
 import math
 import os
-import shutil
 import pickle
 import random
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, go, make_model, make_qwen3, tiny_config, write_stories
+from conftest import ROOT, exit_code, forked, go, make_model, make_qwen3, tiny_config, write_stories
 from matplotlib.figure import Figure
 
 import eval as evaluation
@@ -113,10 +114,9 @@ def test_loss_and_what_derives_from_it_equal_a_brute_force_loop(tokenizer):
     assert figures["accuracy"] == pytest.approx(np.mean(hits), abs=1e-9)
     first = {"loss": pytest.approx(np.mean(at_start), rel=1e-5), "tokens": len(at_start)}
     assert figures["loss_by_position"]["0"] == first
-    for key in ("loss_by_position", "loss_by_length"):
-        rows = figures[key].values()
-        assert sum(row["tokens"] for row in rows) == len(losses)
-        assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(sum(losses), rel=1e-5)
+    rows = figures["loss_by_position"].values()
+    assert sum(row["tokens"] for row in rows) == len(losses)
+    assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(sum(losses), rel=1e-5)
 
 
 def test_perplexity_is_that_of_transformers_qwen3_with_the_same_weights(tokenizer):
@@ -163,11 +163,11 @@ def test_standard_error_is_that_of_the_mean_where_stories_have_one_length():
     assert loss_figures(model, tokenizer, stream_of(stories[:1], tokenizer))["loss_stderr"] is None
 
 
-def test_losses_fall_into_the_right_buckets():
-    figures = evaluation.loss_by(np.arange(20.0), np.arange(20), (0, 1, 4, 16, 64))
+def test_losses_fall_into_the_right_ranges():
+    figures = evaluation.loss_by_position(np.arange(20.0), np.arange(20))
     assert figures == {"0": {"loss": 0, "tokens": 1}, "1-3": {"loss": 2, "tokens": 3},
                        "4-15": {"loss": 9.5, "tokens": 12}, "16-63": {"loss": 17.5, "tokens": 4}}
-    assert list(evaluation.loss_by(np.ones(1), np.array([99]), (0, 64))) == ["64+"]
+    assert list(evaluation.loss_by_position(np.ones(3), np.array([255, 9999, 256]))) == ["64-255", "256+"]
 
 
 # ---------------------------------------------------------------- quality
@@ -176,27 +176,26 @@ def story(text: str, ended: bool = True) -> Continuation:
     return Continuation(split_words(text), ended)
 
 
-def test_words_and_openings():
+def test_words_and_ngrams():
     words = ["don't", "stop", "tom's", "dog", "café", "12"]
     assert split_words("Don't STOP, Tom's dog! Café 12") == words
+    assert split_words("我有3只猫。") == ["我", "有", "3", "只", "猫"]
+    assert "".join(split_words("ฉันรักแมว")) == "ฉันรักแมว" and len(split_words("ฉันรักแมว")) > 4
+    assert split_words("नमस्ते दुनिया") == ["नमस्ते", "दुनिया"] and split_words("...!? —") == []
     assert ngrams(list("abcd"), 3) == [("a", "b", "c"), ("b", "c", "d")] and ngrams(["a"], 2) == []
-    assert evaluation.opening("One  two three. " + "more " * 20) == "One  two three. more more more more more"
-    assert evaluation.opening("one two, three four") == "one two,"
-    assert evaluation.opening("word") == ""
 
 
 def test_quality_figures_of_texts_with_known_answers():
     figures = quality_figures([story("a b c d a b c d"), story("a b x", ended=False), story("", ended=False)])
     assert figures == {
         "ended": pytest.approx(1 / 3), "words": pytest.approx(11 / 3),
-        "distinct_2": pytest.approx(5 / 9),  # ab bc cd da bx of 7 + 2
         "repeated_4grams": pytest.approx(1 / 5),  # the second abcd; the short stories have none
         # the first two share ab, of 7 and 2: 2 * 1 / 9; the empty one shares nothing
         "self_similarity": pytest.approx((2 / 9 + 2 / 9 + 0) / 3)}
     identical = quality_figures([story("the cat sat on the mat")] * 3)
-    assert identical["self_similarity"] == 1 and identical["distinct_2"] == pytest.approx(1 / 3)
+    assert identical["self_similarity"] == 1
     assert quality_figures([story("a b")])["self_similarity"] is None  # there is no other story
-    assert quality_figures([story("")])["distinct_2"] is None
+    assert quality_figures([story("")])["repeated_4grams"] is None
 
 
 def test_copies_of_training_stories_are_found():
@@ -205,20 +204,21 @@ def test_copies_of_training_stories_are_found():
         [story("the cat sat on the mat then it slept")],
         [story("One cat sat on the moon"), story("to the park and glorped")],
         [story("the slept cat ran mat")], [story("a dog")]], training)
-    assert copied == {"copied_4grams": 1, "longest_copy": 9, "unseen_words": 0}
-    # "cat sat on the" and "to the park and", of 3 + 2; the longest is 4; unseen: one, moon, glorped of 11
-    assert inside == {"copied_4grams": 0.4, "longest_copy": 4, "unseen_words": pytest.approx(3 / 11)}
-    assert original == {"copied_4grams": 0, "longest_copy": 1, "unseen_words": 0}
-    assert short == {"copied_4grams": None, "longest_copy": 2, "unseen_words": 0}
+    assert copied == {"copied_4grams": 1, "unseen_words": 0}
+    # "cat sat on the" and "to the park and", of 3 + 2; unseen: one, moon, glorped of 11
+    assert inside == {"copied_4grams": 0.4, "unseen_words": pytest.approx(3 / 11)}
+    assert original == {"copied_4grams": 0, "unseen_words": 0}
+    assert short == {"copied_4grams": None, "unseen_words": 0}
     # A copy does not run on into the next story.
     across, = copy_figures([[story("it slept a dog ran")]], training)
-    assert across["longest_copy"] == 3 and across["copied_4grams"] == 0
+    assert across["copied_4grams"] == 0
 
 
-def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint, monkeypatch):
+@pytest.fixture
+def quality_of(checkpoint, monkeypatch):
+    """quality_of(stories) -> the figures, prompts and rows of generation, the stories of both columns."""
     model, tokenizer, _ = load_model(checkpoint)
-    stream, seen = stream_of(STORIES, tokenizer), []
-    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 12}
+    seen, told = [], []
 
     def figures(stories, figures=quality_figures):
         seen.append(stories)
@@ -228,32 +228,65 @@ def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint
         told.append((prompts, generate(prompts, *args, **options)))
         return told[-1][1]
 
-    told = []
+    def measure(stories: list[str], training: Stream | None = None, limit: int = 400, seed: int = 0) -> tuple:
+        sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": limit}
+        stream = stream_of(stories, tokenizer)
+        quality = evaluation.generation_quality(model, tokenizer, stream, training, sampling, seed)
+        return quality, *told[-1], *seen[-2:]
+
     monkeypatch.setattr(evaluation, "quality_figures", figures)
     monkeypatch.setattr(model, "generate", generate)
-    quality = evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
-    assert quality["stories"] == len(STORIES) == len(told[0][0]) == len(seen[0]) == len(seen[1])
-    for text, prompt, row in zip(STORIES, *told[0], strict=True):  # each once, from its own opening
-        assert tokenizer.decode(prompt[1:]) == evaluation.opening(text)
+    return measure
+
+
+def test_both_columns_of_the_quality_table_describe_the_same_openings(checkpoint, quality_of):
+    _, tokenizer, _ = load_model(checkpoint)
+    training = stream_of(STORIES, tokenizer)
+    quality, prompts, rows, generated, real = quality_of(STORIES, training, limit=12)
+    assert quality["stories"] == len(STORIES) == len(prompts) == len(generated) == len(real)
+    for text, prompt, row, other in zip(STORIES, prompts, rows, real, strict=True):  # each once, from its own
+        tokens = tokenizer.encode(text)
+        assert prompt == [tokenizer.eot_id, *tokens[:16]] and len(tokens) >= 32
         assert 1 <= len(row) - len(prompt) <= 12
-    human = quality["human"]  # the stories are in `stream`, but cut after 12 tokens
-    for text, real in zip(STORIES, seen[1], strict=True):
-        rest = tokenizer.encode(text)[len(tokenizer.encode(evaluation.opening(text))):]
-        assert real.words == split_words(tokenizer.decode(rest[:12]))[:-1] and not real.ended
+        begun = split_words(tokenizer.decode(tokens[:16]))  # the last may be the beginning of a word
+        assert begun + other.words == begun + split_words(tokenizer.decode(tokens[:28]))[len(begun):-1]
+        assert not other.ended
+    human = quality["human"]  # the stories are those of training, but cut after 12 tokens
     assert human["copied_4grams"] == 1 and human["unseen_words"] == 0 and human["ended"] == 0
     assert quality["model"]["unseen_words"] > 0.5
-    assert quality == evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=0)
-    other = evaluation.generation_quality(model, tokenizer, stream, stream, sampling, seed=1)
-    assert quality["model"] != other["model"]
+    assert quality == quality_of(STORIES, training, limit=12)[0]
+    assert quality["model"] != quality_of(STORIES, training, limit=12, seed=1)[0]["model"]
 
-    sampling["max_new_tokens"] = 400  # a story must fit into the context with its opening
-    longest = max(len(tokenizer.encode(evaluation.opening(text))) for text in STORIES)
-    quality = evaluation.generation_quality(model, tokenizer, stream, None, sampling, seed=0)
-    assert quality["max_new_tokens"] == CONTEXT - 1 - longest and quality["human"]["ended"] == 1
-    assert max(map(len, told[-1][1])) <= CONTEXT
-    assert "longest_copy" not in quality["human"] and "copied_4grams" not in quality["model"]
-    many = stream_of([f"{story} {i}" for i in range(4) for story in STORIES], tokenizer)
-    assert evaluation.generation_quality(model, tokenizer, many, None, sampling, seed=0)["stories"] == 64
+    quality, _, rows, _, _ = quality_of(STORIES)  # a story must fit into the context with its opening
+    assert quality["max_new_tokens"] == CONTEXT - 16 and quality["human"]["ended"] == 1
+    assert max(map(len, rows)) <= CONTEXT + 1  # the last token is not read any more
+    assert "copied_4grams" not in quality["human"] and "copied_4grams" not in quality["model"]
+    assert quality_of([f"{story} {i}" for i in range(4) for story in STORIES])[0]["stories"] == 64
+
+
+@pytest.mark.parametrize("extreme", [
+    "See https://a.example/" + "x%20" * 225, "从前有一个小女孩。" * 15, "กาลครั้งหนึ่งนานมาแล้ว" * 9,
+    "123456 " * 60, "!" * 200, "x", "\u200b", "Tom"])
+def test_an_extreme_story_changes_nothing_for_the_others(checkpoint, quality_of, extreme):
+    _, tokenizer, _ = load_model(checkpoint)
+    alone, prompts, _, _, real = quality_of(STORIES, limit=30)
+    quality, more_prompts, rows, _, more_real = quality_of([*STORIES, extreme], limit=30)
+    assert quality["max_new_tokens"] == alone["max_new_tokens"] == 30
+    assert more_prompts[:-1] == prompts and more_real[:-1] == real
+    tokens = tokenizer.encode(extreme)
+    assert more_prompts[-1] == [tokenizer.eot_id, *tokens[:min(16, (len(tokens) + 1) // 2)]]
+    assert all(len(row) <= CONTEXT + 1 for row in rows)
+    assert quality["model"]["words"] > 3 and quality["human"]["words"] > 3
+
+
+def test_stories_without_spaces_have_figures(quality_of):
+    stories = ["从前有一个小女孩，她有一只猫。", "小男孩去公园玩，他有一只狗。", "女孩看见了红色的球。"]
+    quality, *_ = quality_of(stories)
+    human = quality["human"]
+    assert human["words"] > 5 and human["ended"] == 1 and human["self_similarity"] > 0
+    quality, *_ = quality_of(stories[:1])
+    assert quality["stories"] == 1 and quality["human"]["self_similarity"] is None
+    assert "        -" in evaluation.quality_table(quality)
 
 
 # ---------------------------------------------------------------- probes
@@ -321,7 +354,7 @@ def test_json_is_one_object_with_every_figure(checkpoint, command):
     assert {key: results[key] for key in expected} == expected
     assert results["checkpoint"] == str(checkpoint) and results["step"] == 7 and results["tokenizer"] == "bpe"
     assert results["dataset"] == saved["config"]["data"]["dataset"] and results["split"] == "validation"
-    for key in ("stories", "tokens", "bytes"):
+    for key in ("stories", "tokens", "bytes", "sha256"):
         assert results[key] == validation.info[key]
     quality = results["quality"]
     assert quality["model"].keys() == quality["human"].keys() == evaluation.QUALITY.keys()
@@ -365,8 +398,7 @@ def test_another_text_needs_no_training_stories_and_unknown_characters_are_count
     other = ("--data", "other.txt", "--json", "--max_new_tokens", 4)
     code, out, err = command("--checkpoint", checkpoint, *other)
     results = json.loads(out)
-    assert code == 0 and results["unknown_characters"] == 5
-    assert "5 of 19 characters" in err  # Z ë § Z ë; 19 with end-of-text
+    assert code == 0 and "5 of 19 characters" in err  # Z ë § Z ë; 19 with end-of-text
     assert "copied_4grams" not in results["quality"]["human"] and "copies" in err
     code, out, err = command("--checkpoint", checkpoint)
     assert (code, out) == (2, "") and "stories.txt" in err
@@ -482,15 +514,11 @@ def test_unknown_characters_of_an_opening_are_named(tmp_path, command):
 
 
 def test_interactive(checkpoint, command, monkeypatch):
-    lines = ["/temperature 0", "/max_new_tokens 4", "Tom", "/temperature -3", "/top_k 0", "/nonsense",
-             "/settings", "/help", ""]
-    code, out, _ = command("--checkpoint", checkpoint, "--interactive", stdin="\n".join(lines) + "\n")
-    short = ("--temperature", 0, "--max_new_tokens", 4)
-    greedy = command("--checkpoint", checkpoint, "--generate", "Tom", *short)[1]
-    assert code == 0 and greedy in out and out.count("/top_p 0.9") == 2
-    assert "/temperature = -3.0 must be" in out and "/top_k = 0 must be" in out
-    assert "no command /nonsense" in out
-    assert "temperature 0.0, top_k 50, top_p None, max_new_tokens 4" in out
+    short = ("--checkpoint", checkpoint, "--temperature", 0, "--max_new_tokens", 4)
+    code, out, _ = command(*short, "--num_samples", 1, "--interactive", stdin="Tom\n\nMia")
+    told = [command(*short, "--generate", opening)[1] for opening in ("Tom", "", "Mia")]
+    assert code == 0 and out.endswith("\n> ".join(["", *told, "\n"])) and "Ctrl-D" in out
+    assert command(*short, "--num_samples", 2, "--interactive", stdin="Tom")[1].count("Tom") == 2
 
     told = []
 
@@ -520,25 +548,53 @@ LINES = "".join(json.dumps({
     for step, loss, norm in ((100, 4.0, 1.0), (200, 3.0, None), (300, 3.5, 0.5)))
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures of plots, which are not painted: that takes half a second each."""
+    figures = []
+
+    def save(figure, file, **options):
+        figures.append(figure)
+        file.write(PNG)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures
+
+
 def test_plot_reads_what_is_there(tmp_path):
     metrics = evaluation.read_metrics(write_metrics(tmp_path / "a", LINES + '{"step": 400, "val_lo'))
     assert metrics["step"].tolist() == [100, 200, 300] and metrics["val_loss"].tolist() == [4.0, 3.0, 3.5]
     np.testing.assert_array_equal(metrics["grad_norm"], [1.0, math.nan, 0.5])
 
 
-def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp_path):
+def test_plot_draws_a_run_two_runs_and_the_shortest_run(checkpoint, command, tmp_path, drawn):
     for name, text in (("one", LINES + '{"step": 4'), ("two", LINES), ("short", LINES.splitlines()[0]),
-                       ("nothing", '{"step": 1, "val_loss": null}\n')):
+                       ("nothing", '{"step": 1, "val_loss": null}\n'), ("new", '{"step": 1, "other": 3}\n')):
         write_metrics(tmp_path / name, text)
-    for folders in (["one"], ["two", "one"], ["short"], ["nothing"]):
+    for folders in (["one"], ["two", "one"], ["short"], ["nothing"], ["new"]):
         code, out, err = command("--plot", *folders)
         assert (code, out, err) == (0, f"{folders[0]}/training_curves.png\n", "")
         assert (tmp_path / folders[0] / "training_curves.png").read_bytes().startswith(PNG)
+        losses, *others = drawn[-1].axes
+        assert [axes.get_title() for axes in (losses, *others)] == list(evaluation.PANELS.values())
+        legend = [text.get_text() for text in losses.get_legend().get_texts()]
+        assert [label.split("\n")[1] for label in legend] == folders
+        if folders[0] in ("one", "two"):
+            star, dashed, solid = losses.lines[:3]
+            assert star.get_xydata().tolist() == [[200, 3.0]] and "best 3.0000 at step 200" in legend[0]
+            assert dashed.get_ydata().tolist() == [4, 3, 2] and solid.get_ydata().tolist() == [4, 3, 3.5]
+            assert losses.get_yscale() == "log" and all(axes.lines for axes in others)
     assert not list(tmp_path.rglob("*.tmp"))
     logs = write_metrics(checkpoint.parent.parent / "logs", LINES)
     assert command("--checkpoint", checkpoint, "--plot")[1] == f"{logs}/training_curves.png\n"
     write_metrics(tmp_path / "logs", LINES)
     assert command("--plot")[1] == "logs/training_curves.png\n"
+
+
+@pytest.mark.parametrize("lines", [LINES, '{"step": 1, "val_loss": null}\n'])
+def test_the_picture_is_a_png_even_if_there_is_nothing_to_draw(tmp_path, lines):
+    png = evaluation.plot_training([write_metrics(tmp_path, lines)]).read_bytes()
+    assert png.startswith(PNG) and struct.unpack(">II", png[16:24]) == (2400, 1080)
 
 
 @pytest.mark.parametrize("name", ["p$\\foo$", "_a", b"l\xff"])
@@ -557,17 +613,15 @@ def test_no_dataset_is_no_dataset_to_evaluate_on(checkpoint, command):
     assert (code, out) == (2, "") and "--data: data.dataset must not be empty" in err
 
 
-def test_interactive_ends_where_there_is_no_standard_input(checkpoint, tmp_path):
-    command = f'"{sys.executable}" "{ROOT}/eval.py" --checkpoint "{checkpoint}" --interactive <&-'
-    ended = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0 and "Traceback" not in ended.stderr
+def test_interactive_ends_where_there_is_no_standard_input(checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(checkpoint), "--interactive"])
 
+    def without_input():
+        os.close(0)
+        sys.stdin = None  # as Python has it then
+        run_main(evaluation.main)
 
-def test_the_curves_of_read_only_logs_are_drawn_here(tmp_path, monkeypatch, command):
-    go(tiny_config(tmp_path / "run"))
-    monkeypatch.setattr(evaluation.os, "access", lambda path, mode: False)
-    assert command("--plot", tmp_path / "run" / "logs")[:2] == (0, "training_curves.png\n")
-    assert not list((tmp_path / "run").rglob("*.png")) and (tmp_path / "training_curves.png").exists()
+    assert exit_code(forked(without_input)) == 0
 
 
 def test_sampling_is_the_checkpoints_where_no_option_says_otherwise(tmp_path, command):
@@ -578,7 +632,7 @@ def test_sampling_is_the_checkpoints_where_no_option_says_otherwise(tmp_path, co
     assert told[0].startswith(told[3].strip()) and len(told[3]) < len(told[0])
 
 
-def test_the_logs_of_a_checkpoint_are_found_from_any_folder(tmp_path, monkeypatch, command):
+def test_the_logs_of_a_checkpoint_are_found_from_any_folder(tmp_path, monkeypatch, command, drawn):
     (tmp_path / "project").mkdir()
     (tmp_path / "logs").mkdir()  # of another run
     monkeypatch.chdir(tmp_path / "project")
@@ -617,10 +671,23 @@ def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, ca
     assert "".join(eval(piece) for _, piece in rows) == text  # the builtin: reprs of strings
     assert f"loss {losses.mean():.3f}" in out and f"{len(tokens)} tokens" in out and "bpe" in out
 
-    evaluation.print_losses([("calm", 0.3), ("odd\nword", 99.0)], coloured=True)
-    out = capsys.readouterr().out
+
+
+def test_inspect_colours_each_token_in_a_terminal(checkpoint, command, monkeypatch, capsys):
     calm, odd = "\x1b[48;5;231;38;5;16m", "\x1b[48;5;196;38;5;16m"
-    assert f"{calm}calm\x1b[0m" in out and f"{odd}odd↵\x1b[0m\n{odd}word" in out
+    assert evaluation.paint("calm", 0.3) == f"{calm}calm\x1b[0m"
+    assert evaluation.paint("odd\nword", 99.0) == f"{odd}odd↵\x1b[0m\n{odd}word\x1b[0m"
+    model, tokenizer, _ = load_model(checkpoint)
+    text = "Tom's café\n日"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    evaluation.inspect(model, tokenizer, text)
+    out = capsys.readouterr().out
+    painted, legend = out.split("\n\n")[:2]
+    assert re.sub("\x1b\\[[0-9;]*m", "", painted) == text.replace("\n", "↵\n") and "+ nats" in legend
+    monkeypatch.setenv("NO_COLOR", "1")
+    evaluation.inspect(model, tokenizer, text)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- mistakes
@@ -720,16 +787,16 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, command):
     assert (tmp_path / "ran").exists()  # it would have
 
 
-def test_the_script_from_another_folder(checkpoint, tmp_path):
+def test_the_script_from_another_folder(checkpoint, tmp_path, command):
     def run(*arguments: str, **environment) -> subprocess.CompletedProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         command = [sys.executable, ROOT / "eval.py", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
 
-    helped = run("--help")
-    assert helped.returncode == 0 and helped.stderr == b""
-    for word in (b"--generate", b"--plot", b"--top_p", b"Once upon a time", b"checkpoints/"):
-        assert word in helped.stdout
+    code, helped, err = command("--help")
+    assert code == 0 and err == ""
+    for word in ("--generate", "--plot", "--top_p", "Once upon a time", "checkpoints/"):
+        assert word in helped
     told = run("--checkpoint", str(checkpoint), "--generate", "Zo\u00eb 日\udcff", "--seed", "1",
                "--max_new_tokens", "5", PYTHONIOENCODING="ascii")
     assert told.returncode == 0 and told.stdout.startswith(b"Zo? ??") and told.stderr == b""
