@@ -41,12 +41,10 @@ SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
-MARK = re.compile(r"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]")
-SEPARATORS = (  # of stories, the likelier first
-    rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$\n?",  # a line; the first may have a byte-order mark
-    MARK.pattern.encode(),
-    rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
-    rb"\n(?:[ \t\r]*\n){2,}")
+HUB = {"auto": "roneneldan/TinyStories", "tinystories": "roneneldan/TinyStories"}
+LOOKALIKE = re.compile(  # of a separator: a token, a line of dashes, three newlines
+    rb"(?im)<\|(?!start|begin|im_start)\w+\|>|</s>|<(?:eos|eot|end|sep)>|\[(?:eos|end|sep)\]"
+    rb"|^(?:[-=*#_~][ \t]*){3,}\r?$|\n(?:[ \t\r]*\n){2,}")
 
 
 # ---------------------------------------------------------------- stories
@@ -61,69 +59,86 @@ def within(seconds: float, work: Callable, *args):
         return pool.apply_async(work, args).get(seconds)
 
 
-def find_separator(path: Path, alone: bool) -> re.Pattern:
-    """Returns what separates the stories of a text, by its first 16 MB; its end does, too. Names it where it
-    is not a line of end-of-text. In a text that is not `alone`, dashes and newlines are its own.
+def read_text(path: Path, separator: str) -> Iterator[str]:
+    """Yields the stories of a text file, which the separator divides wherever it ends a line. Where it never
+    does, warns of what looks like a separator.
     """
-    with open(path, "rb") as file:
-        head = file.read(2**24)
-    for pattern in SEPARATORS if alone else SEPARATORS[:2]:
-        marks = [mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head)]
-        if (len(marks) > 1 or END_OF_TEXT in marks) and 2 * len(marks) >= head.count(END_OF_TEXT.encode()):
-            if pattern != SEPARATORS[0]:
-                say_once(f"{path}: stories are separated by {', '.join(sorted({*marks}))}")
-            return re.compile(pattern + rb"|\Z")
-        if marks and END_OF_TEXT not in marks:
-            say_once(f"WARNING: {path}: {marks[0]} is read as text, not as the end of a story")
-    return re.compile(rb"\Z")
+    pattern = re.escape(separator.encode()).replace(b"\\\n", rb"\r?\n[ \t]*")
+    pattern += b"" if separator.endswith("\n") else rb"[ \t\r]*$\n?"
+    start = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for match in re.finditer(b"(?m)" + pattern, text):
+            yield text[start:match.start()].decode("utf-8-sig")
+            start = match.end()
+        yield text[start:].decode("utf-8-sig")
+        if start == 0 and (match := LOOKALIKE.search(text)):
+            mark = match[0].strip().decode() or "\n\n\n"
+            say_once(f"WARNING: a text in which no line ends with data.separator={separator!r} is one story; "
+                     f"to divide it where a line ends with {mark!r}, use data.separator={mark!r}")
 
 
-def read_rows(path: Path, alone: bool) -> Iterator:
-    """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
+def read_json(path: Path) -> Iterator:
+    """Yields the values in a JSON file, and the elements of arrays: line by line, or all at once where the
+    first line is not a whole value.
+    """
+    values = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file):
+            try:
+                values = json.loads(f"[{line}]")
+            except ValueError:
+                text = line.strip() if values else line + file.read()
+                text = re.sub(r"\}(\s*\n\s*)\{", r"},\1{", text)  # objects one after another
+                values = json.loads(f"{number * chr(10)}[{text}]")  # so that an error names the line
+            for value in values:
+                yield from value if isinstance(value, list) else [value]
+
+
+def read_rows(path: Path, separator: str) -> Iterator:
+    """Yields the stories of a text file, or the rows of a parquet or JSON file."""
     kind = path.suffix.lower()
-    if kind == ".txt":
-        separator, start = find_separator(path, alone), 0
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            for match in separator.finditer(text):
-                yield text[start:match.start()].decode("utf-8-sig")
-                start = match.end()
-    elif kind == ".parquet":
+    if kind == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     else:
-        with open(path, encoding="utf-8-sig") as file:
-            is_array = file.read(1) == "["
-            file.seek(0)
-            yield from json.load(file) if is_array else map(json.loads, filter(str.strip, file))
+        yield from read_text(path, separator) if kind == ".txt" else read_json(path)
 
 
-def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
-    """Yields the stories in {name: function that begins to read}, stripped, without empty ones; from their
-    column text, story or content, or the only one with text, the same in all of them. Raises UserError.
+def read_texts(sources: dict[str, Callable], separator: str) -> Iterator[str]:
+    """Yields the stories in {name: function that begins to read}, stripped, without empty ones. In a table
+    they are in the column text, story or content, or in the only one that holds more than numbers, the same
+    in all rows. Raises UserError.
     """
-    column = None
-    for name, begin in sources.items():
-        try:
+    column, filled = None, Counter()
+    try:
+        for name, begin in sources.items():
             for row in begin():
+                full = []
                 if isinstance(row, dict):
-                    keys = ([key for key in ("text", "story", "content") if key in row][:1]
-                            or [key for key, value in row.items() if isinstance(value, str | None)])
-                    if len(keys) == 1:
-                        column = column or keys[0]
-                    row = row[column] if keys == [column] else row
+                    full = [key for key, value in row.items() if value and not isinstance(value, int | float)]
+                    found = [key for key in ("text", "story", "content") if key in row][:1] or full
+                    column = column or next(iter(found), None)
+                    if found not in ([], [column]):
+                        raise UserError(f"{name} has the columns {', '.join(row)}; give the one with the "
+                                        "stories the name text, in every row")
+                    row = row.get(column)
                 if not isinstance(row, str | None):
-                    raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted, in a column "
-                                    f"{column or 'text, story or content'}")
-                text = (row or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                if story := re.sub("\r\n?", "\n", text).strip():
-                    if mark := MARK.search(story):
-                        say_once(f"WARNING: {name}: {mark[0]} is read as text, not as the end of a story")
+                    raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted")
+                story = re.sub("\r\n?", "\n", re.sub("[\ud800-\udfff]", UNKNOWN, row or "")).strip()
+                filled.update([column] if story else full)
+                if separator in story:
+                    say_once(f"WARNING: {separator!r} within a line or a row is read as text")
+                if story:
                     yield story
-        except (OSError, ValueError, RuntimeError) as error:
-            advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
-            raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}{advice}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
+        raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}{advice}") from error
+    finally:
+        for other, _ in filled.most_common(1):
+            if other != column:
+                say_once(f"WARNING: in most rows the column {column} is empty, and {other} is not")
 
 
 def by_split(names: Iterable[str]) -> dict[str, list]:
@@ -135,18 +150,24 @@ def by_split(names: Iterable[str]) -> dict[str, list]:
 
 def locate(name: str) -> dict[str, list[Path]] | None:
     """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
+    if name in HUB:
+        return None
     path = SAMPLE if name == "sample" else Path(name)
     inside = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))]
     files = [p for name in inside or [""] if "/." not in f"/{name}"  # nothing hidden
              and (p := path / name).suffix.lower() in SUFFIXES and p.is_file()]
     if files:
-        kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
-        splits = by_split([p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind])
+        kinds = [[p for p in files if p.suffix.lower() == kind] for kind in SUFFIXES]
+        most, largest = max(kinds, key=len), max(kinds, key=lambda kind: sum(p.stat().st_size for p in kind))
+        if len(largest) < len(most):
+            raise UserError(f"most files in {path} are {most[0].suffix}, but most of their bytes are in "
+                            f"{largest[0].suffix}; move what is no story elsewhere, or name a single file")
+        splits = by_split([p.relative_to(path).as_posix() for p in largest])
         if inside:
             say_once(f"{path}: reading {reprlib.repr(splits)}")
         return {split: [path / name for name in names] for split, names in splits.items()}
     if (os.path.lexists(path) or path.suffix.lower() in SUFFIXES
-            or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name)):
+            or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise UserError(
             f"data.dataset = {name!r} does not exist or cannot be read: it is not auto, tinystories or "
             f"sample, no file or folder of files {', '.join(SUFFIXES)} (or link to one), and not the name of "
@@ -171,23 +192,23 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
         cause = f"no answer from {hub.ENDPOINT}, {type(error).__name__}"
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
     try:
-        splits = datasets.load_dataset(name, streaming=limited)
+        splits = datasets.load_dataset(f"hf://datasets/{name}", streaming=limited)  # never a local folder
     except Exception as error:  # datasets raises many kinds
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {cause or first_line(error)}") from error
     return {split: {f"the dataset {name!r}, split {part}": splits[part].__iter__
                     for part in parts} for split, parts in by_split(splits).items()}
 
 
-def open_dataset(name: str, limited: bool) -> dict[str, Callable]:
+def open_dataset(name: str, limited: bool, separator: str = END_OF_TEXT) -> dict[str, Callable]:
     """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
     without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     if files := locate(name):
-        splits = {split: {str(path): functools.partial(read_rows, path, len(paths) == 1) for path in paths}
+        splits = {split: {str(path): functools.partial(read_rows, path, separator) for path in paths}
                   for split, paths in files.items()}
     else:
-        splits = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
-    return {split: functools.partial(read_texts, sources) for split, sources in splits.items()}
+        splits = open_hub(HUB.get(name, name), limited)
+    return {split: functools.partial(read_texts, sources, separator) for split, sources in splits.items()}
 
 
 def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple:
@@ -200,7 +221,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
     if "validation" not in splits:
         n_stories = sum(1 for _ in progress(whole(), None, "counting stories"))
         if n_stories == 1:
-            say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
+            say("one long text: its last 5 % are held out")
             text = next(whole())
             end = len(text) * 95 // 100
             n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
@@ -396,7 +417,7 @@ def make_tokenizer(request: dict, data_dir: Path, stories: Callable):
 def build_streams(stem: Path, dataset: str, request: dict) -> None:
     """Writes the two streams and, last, the JSON that describes them. Raises UserError."""
     limits = request["max_stories"], request["max_val_stories"]
-    stories = hold_out(open_dataset(dataset, limited=limits[0] is not None), *limits)
+    stories = hold_out(open_dataset(dataset, limits[0] is not None, request["separator"]), *limits)
     tokenizer = make_tokenizer(request, stem.parent, stories[0])
     spec = tokenizer.spec()
     description = {"request": request, "tokenizer": spec}
@@ -407,7 +428,7 @@ def build_streams(stem: Path, dataset: str, request: dict) -> None:
             if not counts["stories"]:
                 raise UserError(f"data.dataset = {dataset!r} has no story for the {split} split that is not "
                                 "empty or in the other one; it needs at least two different ones, in a text "
-                                f"with a line {END_OF_TEXT} between them")
+                                f"with a line {request['separator']!r} between them")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
     with atomic_write(Path(f"{stem}.json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
@@ -470,7 +491,7 @@ def prepare_streams(config: Config, dataset: str, kind: str) -> tuple:
     data, folder, files = config.data, Path(config.data.data_dir), locate(dataset)
     source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
     request = {"dataset": source or dataset, "max_stories": data.max_stories,  # wherever its files lie
-               "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
+               "max_val_stories": data.max_val_stories, "separator": data.separator, "tokenizer_type": kind}
     if kind == "bpe":
         request["bpe_vocab_size"] = config.training.bpe_vocab_size
     if not (found := find_streams(folder, request)):

@@ -179,9 +179,9 @@ def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Strea
     return tuple(streams)
 
 
-def read_stream(name: str, tokenizer) -> Stream:
+def read_stream(name: str, tokenizer, separator: str = END_OF_TEXT) -> Stream:
     """Returns the stories of any dataset as a stream: its validation split if it has one, else all."""
-    splits, chunks = open_dataset(name, limited=True), []
+    splits, chunks = open_dataset(name, limited=True, separator=separator), []
     split = "validation" if "validation" in splits else "train"
     stories = progress(splits[split](), None, "tokenizing stories")
     counts = encode_stories(stories, tokenizer, chunks.append)
@@ -453,7 +453,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, options: arg
             raise
         log(f"WARNING: {error}; copies of training stories cannot be counted")
     if options.data:
-        stream = read_stream(options.data, tokenizer)
+        stream = read_stream(options.data, tokenizer, Config.of(checkpoint["config"]).data.separator)
     results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"],
                **{key: stream.info[key] for key in ("dataset", "split", "stories", "tokens", "bytes")},
                "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
@@ -771,7 +771,7 @@ def dataset_name(text: str) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(DESCRIPTION, settings=False)
+    parser = ArgumentParser(DESCRIPTION)
     parser.add_argument("--checkpoint", metavar="FILE", type=best_model,
                         help="a file, or the folder of a run; default: checkpoints/best_model.pt")
     parser.add_argument("--data", metavar="NAME", type=dataset_name,
