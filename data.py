@@ -59,9 +59,9 @@ def within(seconds: float, work: Callable, *args):
         return pool.apply_async(work, args).get(seconds)
 
 
-def read_text(path: Path, separator: str) -> Iterator[str]:
-    """Yields the stories of a text file, which the separator divides wherever it ends a line. Where it never
-    does, warns of what looks like a separator.
+def read_text(path: Path, separator: str, is_first: bool) -> Iterator[str]:
+    """Yields the stories of a text file. A separator counts where it ends a line. If the first file of a
+    dataset has none, a warning names what looks like one.
     """
     pattern = re.escape(separator.encode()).replace(b"\\\n", rb"\r?\n[ \t]*")
     pattern += b"" if separator.endswith("\n") else rb"[ \t\r]*$\n?"
@@ -71,10 +71,11 @@ def read_text(path: Path, separator: str) -> Iterator[str]:
             yield text[start:match.start()].decode("utf-8-sig")
             start = match.end()
         yield text[start:].decode("utf-8-sig")
-        if start == 0 and (match := LOOKALIKE.search(text)):
+        if is_first and start == 0 and (match := LOOKALIKE.search(text)):
             mark = match[0].strip().decode() or "\n\n\n"
-            say_once(f"WARNING: a text in which no line ends with data.separator={separator!r} is one story; "
-                     f"to divide it where a line ends with {mark!r}, use data.separator={mark!r}")
+            say_once(f"WARNING: {path} is read as one story, since no line ends with data.separator="
+                     f"{separator!r}; if lines that end with {mark!r} separate stories, use "
+                     f"data.separator={mark!r}")
 
 
 def read_json(path: Path) -> Iterator:
@@ -94,7 +95,7 @@ def read_json(path: Path) -> Iterator:
                 yield from value if isinstance(value, list) else [value]
 
 
-def read_rows(path: Path, separator: str) -> Iterator:
+def read_rows(path: Path, *how) -> Iterator:
     """Yields the stories of a text file, or the rows of a parquet or JSON file."""
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -103,7 +104,7 @@ def read_rows(path: Path, separator: str) -> Iterator:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     else:
-        yield from read_text(path, separator) if kind == ".txt" else read_json(path)
+        yield from read_text(path, *how) if kind == ".txt" else read_json(path)
 
 
 def read_texts(sources: dict[str, Callable], separator: str) -> Iterator[str]:
@@ -134,7 +135,8 @@ def read_texts(sources: dict[str, Callable], separator: str) -> Iterator[str]:
                     yield story
     except (OSError, ValueError, RuntimeError) as error:
         advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
-        raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}{advice}") from error
+        reason = first_line(error).partition(" column ")[0]
+        raise DatasetUnavailable(f"cannot read {name}: {reason}{advice}") from error
     finally:
         for other, _ in filled.most_common(1):
             if other != column:
@@ -204,8 +206,8 @@ def open_dataset(name: str, limited: bool, separator: str = END_OF_TEXT) -> dict
     without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
     """
     if files := locate(name):
-        splits = {split: {str(path): functools.partial(read_rows, path, separator) for path in paths}
-                  for split, paths in files.items()}
+        splits = {split: {str(path): functools.partial(read_rows, path, separator, path == files["train"][0])
+                          for path in paths} for split, paths in files.items()}
     else:
         splits = open_hub(HUB.get(name, name), limited)
     return {split: functools.partial(read_texts, sources, separator) for split, sources in splits.items()}
