@@ -39,6 +39,7 @@ from config import ArgumentParser, Config, UserError, config, run_main
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
+VOCAB_LIMIT = 2**16  # a stream is uint16
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
 HUB = {"auto": "roneneldan/TinyStories", "tinystories": "roneneldan/TinyStories"}
@@ -352,7 +353,7 @@ class CharTokenizer(BPETokenizer):
         """Returns the tokenizer of the characters in `stories`, of as many as a stream can have tokens."""
         counts = Counter(itertools.chain.from_iterable(stories))
         del counts[UNKNOWN]
-        return cls("".join(sorted(dict(counts.most_common(2**16 - 2)))))
+        return cls("".join(sorted(dict(counts.most_common(VOCAB_LIMIT - 2)))))
 
     def encode_array(self, text: str) -> np.ndarray:
         return super().encode_array(self._unknown.sub(UNKNOWN, text))

@@ -27,8 +27,8 @@ import torch
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
-    END_OF_TEXT, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, locate, open_dataset,
-    prepare, progress, story_windows, tokenizer_from_spec, write_error)
+    END_OF_TEXT, HUB, SAMPLE, Stream, atomic_write, content, encode_stories, find_streams, locate,
+    open_dataset, prepare, progress, story_windows, tokenizer_from_spec, write_error)
 from model import NORM_EPS, ROPE_THETA, Transformer
 from train import choose_device, evaluate, load_checkpoint, log
 
@@ -165,7 +165,8 @@ def open_streams(checkpoint: dict, path: str | Path = "") -> tuple[Stream, Strea
     for folder in (*(place / config.data.data_dir for place in above), SAMPLE.parent):
         if found := find_streams(folder, content(checkpoint["dataset"])):
             return found[1:]
-    config.data.dataset = str(found_in(above, config.data.dataset))
+    if config.data.dataset not in ("sample", *HUB):
+        config.data.dataset = str(found_in(above, config.data.dataset))
     try:
         _, *streams = prepare(config, checkpoint)
     except UserError as error:

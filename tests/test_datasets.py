@@ -1,6 +1,8 @@
 """What people bring as a dataset: folders, paths, separators, text that breaks things, a Hub that fails."""
 
 import builtins
+import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -9,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -129,6 +132,18 @@ def test_a_checkpoint_without_its_stories_says_what_to_do(finished, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'stories.txt' does not exist.*--data"):
         streams_of(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["auto", "tinystories", "sample"])
+def test_a_folder_above_a_checkpoint_named_like_a_dataset_is_not_its_stories(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(evaluation, "prepare", lambda config, _: asked.append(config.data.dataset) or [])
+    (tmp_path / name).mkdir()
+    checkpoint = {"config": dataclasses.asdict(char_config(tmp_path, name)),
+                  "dataset": {split: {"sha256": "0"} for split in data.SPLITS}}
+    with contextlib.suppress(ValueError):  # no streams
+        evaluation.open_streams(checkpoint, tmp_path / "checkpoints" / "best_model.pt")
+    assert asked == [name]
 
 
 # ---------------------------------------------------------------- streams are kept and shared
@@ -636,7 +651,8 @@ class Hub(BaseHTTPRequestHandler):
             if Hub.count > 2 and Hub.fault == "429":
                 return self.send(429, b"rate limited", Retry_After="1")
             if Hub.count > 2 and Hub.fault == "reset":
-                return self.connection.close()
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
             if Hub.count > 2 and Hub.fault == "hang":
                 time.sleep(60)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -662,31 +678,43 @@ def hub():
     server.shutdown()
 
 
-def hub_environment(hub: str, folder: Path) -> dict:
-    return {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-
-
-def prepare_from(hub: str, folder: Path, dataset: str, fault: str = "") -> int:
-    """Prepares a Hub dataset in a process of its own, which waits for nothing; returns its id."""
+def with_hub(hub: str, folder: Path, work, fault: str = "") -> int:
+    """Calls work() in `folder`, in a process of its own that waits for nothing; returns its exit code."""
     Hub.fault, Hub.count = fault, 0
 
-    def work():
-        os.environ.update(hub_environment(hub, folder))
+    def afresh():
+        os.environ.update(HF_ENDPOINT=hub, HF_HOME=str(folder / "hf"), HF_HUB_OFFLINE="")
+        os.chdir(folder)
         for name in [name for name in sys.modules if name.split(".")[0] in ("huggingface_hub", "datasets")]:
             del sys.modules[name]  # which read the endpoint when they are imported
-        time.sleep = lambda seconds: None
-        _, stream, held_out = prepare(char_config(folder, dataset))
-        print({"train": stream.info, "validation": held_out.info})
+        import huggingface_hub.constants
 
-    return forked(work)
+        huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.2 if fault == "hang" else 5
+        time.sleep = lambda seconds: None
+        return work()
+
+    return exit_code(forked(afresh))
+
+
+def describe_data(dataset: str):
+    """Returns a function that does as `python data.py`."""
+    def work():
+        sys.argv = ["data.py", "training.tokenizer_type=char", f"data.dataset={dataset}"]
+        data.main()
+
+    return work
+
+
+@pytest.fixture
+def small_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", write_stories(tmp_path / "sample_stories.txt", STORIES))
 
 
 @pytest.mark.parametrize("fault", ["", "once"])
 def test_the_default_path_works_against_the_hub(hub, tmp_path, capfd, fault):
-    assert exit_code(prepare_from(hub, tmp_path, "auto", fault)) == 0
+    assert with_hub(hub, tmp_path, describe_data("auto"), fault) == 0
     out, err = capfd.readouterr()
-    assert "'dataset': 'tinystories', 'split': 'train', 'stories': 3000" in out and "'stories': 50" in out
+    assert "tinystories, train: 3,000 stories" in out and "tinystories, validation: 50 stories" in out
     assert "WARNING" not in err and len([line for line in err.splitlines() if "\r" not in line]) <= 1
     assert not list((tmp_path / "data").glob("*.tmp"))
 
@@ -694,7 +722,7 @@ def test_the_default_path_works_against_the_hub(hub, tmp_path, capfd, fault):
 @pytest.mark.parametrize("fault", ["429", "reset", "hang", "all503"])
 def test_a_hub_that_breaks_ends_in_bounded_time_and_in_one_line(hub, tmp_path, capfd, fault):
     started = time.monotonic()
-    assert exit_code(prepare_from(hub, tmp_path, "tinystories", fault)) == 2
+    assert with_hub(hub, tmp_path, describe_data("tinystories"), fault) == 2
     assert time.monotonic() - started < 20
     *before, error = re.sub("[^\n]*\r", "", capfd.readouterr().err).splitlines()
     assert [line for line in before if line.strip()] == [
@@ -704,16 +732,58 @@ def test_a_hub_that_breaks_ends_in_bounded_time_and_in_one_line(hub, tmp_path, c
 
 
 def test_auto_falls_back_when_the_hub_breaks_in_the_middle(hub, tmp_path):
+    """In a new process: a thread that still reads would abort it at its end."""
     Hub.fault, Hub.count = "reset", 0
+    write_stories(tmp_path / "sample_stories.txt", STORIES)
     impatient = ("import time; time.sleep = lambda seconds: None; import config, data; "
-                 "config.run_main(data.main)")
-    environment = os.environ | hub_environment(hub, tmp_path) | {"PYTHONPATH": str(ROOT)}
+                 "data.SAMPLE = data.Path('sample_stories.txt'); config.run_main(data.main)")
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "",
+                                "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", impatient, "training.tokenizer_type=char"], cwd=tmp_path,
                            capture_output=True, timeout=60, encoding="utf-8", env=environment)
-    assert ended.returncode == 0, ended.stderr  # a thread that still reads would abort the process at its end
-    assert "sample, train: 3,800 stories" in ended.stdout
+    assert ended.returncode == 0, ended.stderr
+    assert "sample, train: 38 stories" in ended.stdout
     assert "WARNING: not TinyStories: cannot read" in ended.stderr and "Fatal" not in ended.stderr
     assert len(list((tmp_path / "data").glob("*.bin"))) == 2 and not list((tmp_path / "data").glob("*.tmp"))
+
+
+NO_HUB = "http://127.0.0.1:9"
+
+
+@pytest.mark.usefixtures("small_sample")
+def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path, capfd):
+    assert with_hub(NO_HUB, tmp_path, describe_data("auto")) == 0
+    out, err = capfd.readouterr()
+    assert "sample, train: 38 stories" in out and "WARNING: not TinyStories" in err
+    assert with_hub(NO_HUB, tmp_path, describe_data("tinystories")) == 2
+    assert capfd.readouterr().err.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
+
+
+def test_an_earlier_download_serves_without_network(tmp_path, capfd):
+    """The folder is laid out as `datasets` does after downloading roneneldan/TinyStories."""
+    def download():
+        import datasets
+
+        for split, n in (("train", 50), ("validation", 1)):
+            rows = [f"A {split} story, number {i}." for i in range(n)]
+            datasets.Dataset.from_dict({"text": rows}).to_json(f"{split}.jsonl")
+        files = {split: f"{split}.jsonl" for split in data.SPLITS}
+        loaded = datasets.load_dataset("json", data_files=files)
+        target = tmp_path / "hf" / "datasets" / "roneneldan___tiny_stories" / "default" / "0.0.0" / "0123"
+        shutil.copytree(Path(loaded["train"].cache_files[0]["filename"]).parent, target)
+        for file in target.glob("json-*"):
+            file.rename(file.with_name(file.name.replace("json-", "tiny_stories-")))
+
+    assert with_hub(NO_HUB, tmp_path, download) == 0
+    assert with_hub(NO_HUB, tmp_path, describe_data("auto")) == 0
+    out, err = capfd.readouterr()
+    assert "tinystories, train: 50 stories" in out and "not TinyStories" not in err
+
+
+def test_a_folder_named_like_a_hub_dataset_does_not_stand_for_tinystories(hub, tmp_path, capfd):
+    (tmp_path / "roneneldan" / "TinyStories").mkdir(parents=True)
+    assert with_hub(hub, tmp_path, describe_data("tinystories")) == 0
+    assert "tinystories, train: 3,000 stories" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
