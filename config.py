@@ -1,6 +1,6 @@
 """Every setting, its default, and what it means.
 
-Change a setting in one of three ways; later ones win:
+There are three ways to change a setting; a later one wins over an earlier one:
 
     config.model.n_layers = 6                                   at the end of this file
     python train.py --preset quick                              a named set of settings
@@ -28,9 +28,9 @@ from typing import Literal
 
 
 class UserError(argparse.ArgumentTypeError):
-    """A user's mistake: `run_main` prints `error: ` and this one sentence, and exits with code 2.
+    """A user's mistake: `run_main` prints "error: " and its one sentence, and exits with code 2.
 
-    In the value of a command-line option, argparse puts the option's name before it.
+    argparse, which catches it in the value of an option, prepends the option's name.
     """
 
 
@@ -58,7 +58,7 @@ class Section:
     def __setattr__(self, name: str, value):
         if name not in self.__slots__:
             getattr(self, name)
-        if name in _SECTIONS and not isinstance(value, _SECTIONS[name]):
+        if not isinstance(value, _SECTIONS.get(name, object)):
             raise UserError(f"config.{name} = {value!r} is no section of settings; set its fields one by "
                             "one, as in config.model.n_layers = 6")
         if isinstance(value, str):
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     d_ff: int = 1024                        # width of the feed-forward (SwiGLU) layer
     max_seq_len: int = 512                  # context length in tokens
     dropout: float = 0.1                    # on the embedding and the two residual branches
-    copy_heads: int = 0                     # heads of the last block that copy from the context at first
+    copy_heads: int = 0                     # heads of the last block that begin by copying from the context
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class DataConfig(Section):
     dataset: str = "auto"                   # auto, tinystories, sample, a file, a folder, a Hub name
     max_stories: int | None = 10_000        # training stories; none: all of them
     max_val_stories: int | None = 1_000     # validation stories; none: all of them
-    separator: str = "<|endoftext|>"        # of stories, where it ends a line of a text; \n: a new line
+    separator: str = "<|endoftext|>"        # at a line's end it ends a story of a text; \n is a new line
     data_dir: str = "data"                  # where the tokenized stories are kept
 
 
@@ -91,21 +91,21 @@ class TrainingConfig(Section):
     tokenizer_type: Literal["gpt2", "char", "bpe"] = "gpt2"
     bpe_vocab_size: int = 4096              # size of the bpe tokenizer's vocabulary
     batch_size: int = 32                    # sequences per step, a step being one update of the weights
-    micro_batch_size: int | None = None     # sequences at a time, bounds memory; none: all of them
+    micro_batch_size: int | None = None     # sequences at a time, to save memory; none: all of them
     max_steps: int = 100_000                # the run ends earlier when validation stops improving
-    max_minutes: float | None = None        # a budget of time, within which the run ends, its rate at zero
+    max_minutes: float | None = None        # plan the end of the run to fit into this time
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: with adamw for embedding and norms
     learning_rate: float = 5e-3             # the peak; for adamw 1e-3 is fast and 3e-4 safe
     warmup_steps: int = 50                  # steps of linear warm-up
-    decay_fraction: float = 0.6             # last part of the run, in which the rate falls to zero
-    weight_decay: float = 1.0               # strong, since 10,000 stories are read many times
-    grad_clip: float = 1.0                  # largest gradient norm
-    eval_interval: int | None = None        # steps between evaluations; none: an epoch, but 100 to 250
+    decay_fraction: float = 0.6             # the last part of the run, where the rate falls to zero
+    weight_decay: float = 1.0               # strong, because 10,000 stories are read many times
+    grad_clip: float = 1.0                  # the largest gradient norm
+    eval_interval: int | None = None        # steps between evaluations; none: an epoch, within 100 to 250
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
     checkpoint_interval: int | None = None  # steps between checkpoints; none: about a minute
-    early_stopping_evals: int | None = 5    # evaluations without a better loss that end it; none: never
-    seed: int = 1337                        # of initialisation, data order and dropout
-    use_amp: bool = True                    # mixed precision where the device is fast at it
+    early_stopping_evals: int | None = 5    # stop after so many evaluations without a better loss
+    seed: int = 1337                        # for initialisation, data order and dropout
+    use_amp: bool = True                    # mixed precision, if the device is fast at it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     device: str = "auto"                    # auto, cpu, cuda, cuda:1, mps
     checkpoint_dir: str = "checkpoints"
@@ -115,21 +115,21 @@ class TrainingConfig(Section):
 @dataclass(slots=True)
 class SamplingConfig(Section):
     temperature: float = 0.8                # how freely the next token is chosen; 0: always the likeliest
-    top_k: int | None = 50                  # among this many of the likeliest tokens; none: all
-    top_p: float | None = None              # among the likeliest tokens with this much probability; none: all
+    top_k: int | None = 50                  # choose among this many tokens, the likeliest; none: all
+    top_p: float | None = None              # among the likeliest, up to this much probability; none: all
     max_new_tokens: int = 400               # longest story, in tokens
     num_samples: int = 1                    # stories per opening
-    seed: int | None = None                 # of the choices; none: another one every time
+    seed: int | None = None                 # for the choices; none: a new one every time
 
 
 PRESETS = {
-    "quick": {  # a story-teller in less than five minutes on two CPU cores, from the bundled stories
+    "quick": {  # a model that tells stories after five minutes on two CPU cores, with the bundled stories
         "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
         "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 768,
         "model.max_seq_len": 256, "model.dropout": 0.2, "training.batch_size": 16,
         "training.warmup_steps": 25, "training.max_minutes": 4.5, "sampling.top_k": 5,
     },
-    "laptop": {  # without a GPU, for a few minutes, less than an epoch or two: half as deep
+    "laptop": {  # no GPU and only minutes, an epoch or two: half as deep
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.dropout": 0.0, "training.batch_size": 4,
         "training.warmup_steps": 20, "training.max_minutes": 10.0,
         "training.eval_interval": 100, "training.eval_batches": 8,
@@ -137,6 +137,7 @@ PRESETS = {
     "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
     "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536},
 }
+
 
 @dataclass(slots=True)
 class Config(Section):
@@ -147,7 +148,7 @@ class Config(Section):
 
     @classmethod
     def of(cls, sections: dict) -> "Config":
-        """Returns the config of {section: {field: value}}, as in a checkpoint; others have defaults."""
+        """Builds a config from {section: {field: value}}, as in a checkpoint; the rest has defaults."""
         return cls(**{name: _SECTIONS[name](**values) for name, values in sections.items()})
 
     def flat(self) -> dict:
@@ -161,7 +162,7 @@ class Config(Section):
         setattr(getattr(self, section), attribute, value)
 
     def apply_preset(self, name: str) -> None:
-        """Applies a preset, which keeps its run in folders of its own. Raises UserError."""
+        """Applies a preset, whose checkpoints and logs get folders of their own. Raises UserError."""
         for setting, value in look_up("preset", name, PRESETS).items():
             self.set(setting, value)
         self.training.checkpoint_dir += f"/{name}"
@@ -183,17 +184,17 @@ class Config(Section):
 _SECTIONS = Config.__annotations__
 _TYPES = {f"{section}.{name}": typing.get_args(kind) or (kind,)  # (int, NoneType), or the choices
           for section, cls in _SECTIONS.items() for name, kind in cls.__annotations__.items()}
-_ANY = sys.maxsize  # no highest value
-_RANGES = {  # field: (lowest, highest, and what is allowed besides)
+_ANY = sys.maxsize  # no upper limit
+_RANGES = {  # lowest and highest value; numbers not listed are at least 1, or above 0 if not whole
     "model.dropout": (0, 0.99), "model.copy_heads": (0, _ANY), "training.warmup_steps": (0, _ANY),
     "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10),
     "training.bpe_vocab_size": (257, 65536), "training.seed": (0, _ANY), "sampling.seed": (0, _ANY),
-    "sampling.temperature": (0.001, 1000, 0), "sampling.top_p": (1e-6, 1),
+    "sampling.temperature": (0, 1000), "sampling.top_p": (1e-6, 1),
 }
 
 
 def parse_value(name: str, text: str):
-    """Returns the value of the setting `name` written as `text`. Raises UserError where it is not allowed."""
+    """Converts and checks the text of one setting, and returns its value. Raises UserError."""
     config = Config()
     config.set(name, text)
     config.validate()
@@ -204,27 +205,25 @@ def _problem(name: str, value) -> str | None:
     """Returns what is wrong with a setting's value, or None."""
     types = _TYPES[name]
     if types[0] in (int, float):
-        low, high, *besides = _RANGES.get(name, (1 if int in types else 1e-12, _ANY))
-        right = type(value) in (int, types[0]) and (low <= value <= high or value in besides)
-        size = f"of at least {low:g}" if high == _ANY else f"between {low:g} and {high:g}"
-        allowed = " or ".join([f"a {'whole ' * (int in types)}number {size}", *map(str, besides)])
+        low, high = _RANGES.get(name, (1 if int in types else 1e-12, _ANY))
+        right = type(value) in (int, *types) and (value is None or low <= value <= high)
+        allowed = f"a {'whole ' * (int in types)}number " + (
+            f"of at least {low:g}" if high == _ANY else f"between {low:g} and {high:g}")
     elif types[0] in (bool, str):
-        right = type(value) is types[0] and value != ""
+        right = type(value) in types and value != ""
         allowed = {bool: "true or false", str: "text that is not empty"}[types[0]]
     else:
         right, allowed = value in types, f"one of {', '.join(types)}"
-    if not right and (value is not None or NoneType not in types):
-        return f"{name} = {value!r} must be {allowed}{' or none' * (NoneType in types)}"
+    return None if right else f"{name} = {value!r} must be {allowed}{' or none' * (NoneType in types)}"
 
 
 def _convert(text: str, types: tuple):
-    """Returns text as a value of one of the types, or as it is where that fails, for `validate` to report."""
+    """Converts text to one of the types. If that fails, returns it as it is, for `validate` to report."""
     word = text.strip().capitalize()
-    if types[0] in (int, float, bool) or word == "None" and NoneType in types:
+    if str not in types or word == "None" and NoneType in types:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(word)  # None, True, 1e5
-            is_whole = int in types and isinstance(value, float) and value.is_integer()
-            return int(value) if is_whole else value
+            return int(value) if int in types and isinstance(value, float) and value.is_integer() else value
     return text
 
 
@@ -247,10 +246,10 @@ class ArgumentParser(argparse.ArgumentParser):
             self.epilog += f"\n{section}.\n" + inspect.getsource(cls).partition(":\n")[2]
         self.add_argument("settings", nargs="*", metavar="section.field=value", help="listed below")
         self.add_argument("--preset", metavar="NAME", help="start from a preset: " + ", ".join(PRESETS))
-        if "kernel" in Path(sys.argv[0]).name:  # a notebook's, whose arguments are not ours
+        if "kernel" in Path(sys.argv[0]).name:  # in a notebook the arguments are the kernel's
             arguments = arguments or []
         options = self.parse_intermixed_args(arguments)
-        config = copy.deepcopy(config)  # a notebook may run the script again
+        config = copy.deepcopy(config)  # a notebook may run the script twice
         if options.preset:
             config.apply_preset(options.preset)
         for setting in options.settings:
@@ -262,8 +261,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def signals_handled(handler: Callable, *names: str) -> Iterator[None]:
-    """Lets `handler` have the signals that this system has of those named, until it is left. Those that are
-    ignored, as SIGHUP under nohup, or not Python's remain so; off the main thread there are none.
+    """Handles the named signals with `handler` inside a `with` block, then puts the old handlers back. Leaves
+    alone what is ignored (SIGHUP under nohup), is not handled by Python, or does not exist on this system.
+    Does nothing outside the main thread.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ValueError):
@@ -273,19 +273,25 @@ def signals_handled(handler: Callable, *names: str) -> Iterator[None]:
         yield
 
 
-def run_main(main: Callable) -> None:
-    """Runs a script's main(); a UserError, or what the system refuses, becomes one line on standard error and
-    exit code 2.
+def complain(mistake) -> int:
+    """Prints a user's mistake and returns the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"error: {mistake}", file=sys.stderr)
+    return 2
 
-    A closed output is no error, a character that an output cannot encode is replaced, and a signal that ends
-    it does so by an exception, which leaves no half-written file.
+
+def run_main(main: Callable) -> None:
+    """Runs a script's main() and exits with the code it returns. A UserError, or an error of the operating
+    system, is one line on standard error and exit code 2.
+
+    Closed outputs are replaced by the null device, and characters that an output cannot encode by "?". A
+    signal raises an exception, so that temporary files are deleted.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, mode))
-        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="replace")
-    code, mistake = 2, None
     try:
         with signals_handled(lambda number, frame: sys.exit(128 + number), "SIGTERM", "SIGHUP"):
             code = main()
@@ -295,25 +301,21 @@ def run_main(main: Callable) -> None:
     except BrokenPipeError:
         code = 141
     except UserError as error:
-        mistake = error
+        code = complain(error)
     except OSError as error:
         if not error.errno:
             raise
-        mistake = f"{error.filename or 'the system refuses'}: {error.strerror}"
-    if mistake:
-        with contextlib.suppress(OSError):
-            print(f"error: {mistake}", file=sys.stderr)
+        code = complain(f"{error.filename or 'the system refuses'}: {error.strerror}")
     sys.exit(code)
 
 
 def explain(kind, error, trace) -> None:
-    """Python's hook for what nothing caught: a mistake in the lines below, which run while this file is
-    imported and before `run_main`, is one sentence, too.
+    """Prints an exception that nothing caught. One in the lines below, which run on import and so before
+    `run_main`, is a user's mistake: one sentence and exit code 2.
     """
     for frame in traceback.extract_tb(trace):
         if (frame.filename, frame.name) == (__file__, "<module>"):
-            print(f"error: {__file__}, line {frame.lineno}: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(complain(f"{__file__}, line {frame.lineno}: {error}"))
     sys.__excepthook__(kind, error, trace)
 
 

@@ -115,7 +115,7 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["training.max_minutes=0"], ["training.max_minutes"]),
     (["training.checkpoint_dir="], ["training.checkpoint_dir", "empty"]),
     (["data.max_stories=0"], ["data.max_stories"]),
-    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "or 0"]),
+    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "between 0 and 1000"]),
     (["sampling.top_p=1.1"], ["sampling.top_p", "1.1"]),
     (["sampling.temprature=1"], ["sampling.temprature", "did you mean 'sampling.temperature'"]),
 ])
