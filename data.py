@@ -42,114 +42,135 @@ CHECKPOINT_FORMAT = 4
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "\ufffd"
 SAMPLE = Path(__file__).parent / "data" / "sample_stories.txt"
 SPLITS = ("train", "validation")
+VOCAB_LIMIT = 2**16  # token ids are uint16
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-
-MARK = re.compile(r"(?i)<\|\w+\|>|</?s>|<(?:bos|eos|eot|end|sep)>|\[(?:bos|eos|end|sep)\]")
-SEPARATORS = (  # of stories, the likelier first
-    rb"(?m)^(?:\xef\xbb\xbf)?<\|endoftext\|>[ \t\r]*$\n?",  # a line; the first may have a byte-order mark
-    MARK.pattern.encode(),
-    rb"(?m)^(?:[-=*#_~][ \t]*){3,}\r?$",
-    rb"\n(?:[ \t\r]*\n){2,}")
+HUB = {"auto": "roneneldan/TinyStories", "tinystories": "roneneldan/TinyStories"}
+LOOKALIKE = re.compile(  # what looks like a separator: a token, a line of dashes, three newlines
+    rb"(?im)<\|(?!start|begin|im_start)\w+\|>|</s>|<(?:eos|eot|end|sep)>|\[(?:eos|end|sep)\]"
+    rb"|^(?:[-=*#_~][ \t]*){3,}\r?$|\n(?:[ \t\r]*\n){2,}")
 
 
 # ---------------------------------------------------------------- stories
 
 class DatasetUnavailable(UserError):
-    """The dataset cannot be reached: `auto` falls back, a dataset named explicitly is an error."""
+    """The dataset cannot be read. With `auto` the bundled stories are used instead."""
 
 
 def within(seconds: float, work: Callable, *args):
-    """Returns work(*args). Raises multiprocessing.TimeoutError after `seconds`, when its thread goes on."""
+    """Returns work(*args). Raises multiprocessing.TimeoutError after `seconds`; the work itself goes on."""
     with ThreadPool(1) as pool:
         return pool.apply_async(work, args).get(seconds)
 
 
-def find_separator(path: Path, alone: bool) -> re.Pattern:
-    """Returns what separates the stories of a text, by its first 16 MB; its end does, too. Names it where it
-    is not a line of end-of-text. In a text that is not `alone`, dashes and newlines are its own.
+def read_text(path: Path, separator: str, is_first: bool) -> Iterator[str]:
+    """Yields the stories of a text file. A separator ends a story only at the end of a line. If the first
+    file of a dataset has none, a warning names what looks like one.
     """
-    with open(path, "rb") as file:
-        head = file.read(2**24)
-    for pattern in SEPARATORS if alone else SEPARATORS[:2]:
-        marks = [mark.strip().decode() or "three newlines" for mark in re.findall(pattern, head)]
-        if (len(marks) > 1 or END_OF_TEXT in marks) and 2 * len(marks) >= head.count(END_OF_TEXT.encode()):
-            if pattern != SEPARATORS[0]:
-                say_once(f"{path}: stories are separated by {', '.join(sorted({*marks}))}")
-            return re.compile(pattern + rb"|\Z")
-        if marks and END_OF_TEXT not in marks:
-            say_once(f"WARNING: {path}: {marks[0]} is read as text, not as the end of a story")
-    return re.compile(rb"\Z")
+    pattern = re.escape(separator.encode()).replace(b"\\\n", rb"\r?\n[ \t]*")
+    pattern += b"" if separator.endswith("\n") else rb"[ \t\r]*$\n?"
+    start = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for match in re.finditer(b"(?m)" + pattern, text):
+            yield text[start:match.start()].decode("utf-8-sig")
+            start = match.end()
+        yield text[start:].decode("utf-8-sig")
+        if is_first and start == 0 and (match := LOOKALIKE.search(text)):
+            mark = match[0].strip().decode() or "\n\n\n"
+            say_once(f"WARNING: {path} is read as one story, since no line ends with data.separator="
+                     f"{separator!r}; if {mark!r} separates its stories, use data.separator={mark!r} (it "
+                     "counts only at the end of a line)")
 
 
-def read_rows(path: Path, alone: bool) -> Iterator:
-    """Yields the stories of a text file, or the rows of a parquet or json file, an array or one a line."""
+def read_json(path: Path) -> Iterator:
+    """Yields the values in a JSON file, and the elements of its arrays. Reads it line by line, but at once if
+    the first line is not a whole value.
+    """
+    values = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file):
+            try:
+                values = json.loads(f"[{line}]")
+            except ValueError:
+                text = line.strip() if values else line + file.read()
+                text = re.sub(r"\}(\s*\n\s*)\{", r"},\1{", text)  # objects one after another
+                values = json.loads(f"{number * chr(10)}[{text}]")  # so that an error names the line
+            for value in values:
+                yield from value if isinstance(value, list) else [value]
+
+
+def read_rows(path: Path, *how) -> Iterator:
+    """Yields the stories of a text file, or the rows of a parquet or JSON file."""
     kind = path.suffix.lower()
-    if kind == ".txt":
-        separator, start = find_separator(path, alone), 0
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            for match in separator.finditer(text):
-                yield text[start:match.start()].decode("utf-8-sig")
-                start = match.end()
-    elif kind == ".parquet":
+    if kind == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
     else:
-        with open(path, encoding="utf-8-sig") as file:
-            is_array = file.read(1) == "["
-            file.seek(0)
-            yield from json.load(file) if is_array else map(json.loads, filter(str.strip, file))
+        yield from read_text(path, *how) if kind == ".txt" else read_json(path)
 
 
-def read_texts(sources: dict[str, Callable]) -> Iterator[str]:
-    """Yields the stories in {name: function that begins to read}, stripped, without empty ones; from their
-    column text, story or content, or the only one with text, the same in all of them. Raises UserError.
+def read_texts(sources: dict[str, Callable], separator: str) -> Iterator[str]:
+    """Yields the stories of {name: function that reads rows}, stripped, without empty ones. In a table they
+    are in the column text, story or content; or else in a column whose neighbours are empty or numbers, the
+    same in all rows. Raises UserError.
     """
     column = None
-    for name, begin in sources.items():
-        try:
+    try:
+        for name, begin in sources.items():
             for row in begin():
+                full = []
                 if isinstance(row, dict):
-                    keys = ([key for key in ("text", "story", "content") if key in row][:1]
-                            or [key for key, value in row.items() if isinstance(value, str | None)])
-                    if len(keys) == 1:
-                        column = column or keys[0]
-                    row = row[column] if keys == [column] else row
+                    full = [key for key, value in row.items() if value and not isinstance(value, int | float)]
+                    found = [key for key in ("text", "story", "content") if key in row][:1] or full
+                    column = column or next(iter(found), None)
+                    if found not in ([], [column]):
+                        raise UserError(f"{name} has the columns {', '.join(row)}; give the one with the "
+                                        "stories the name text, in every row")
+                    row = row.get(column)
                 if not isinstance(row, str | None):
-                    raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted, in a column "
-                                    f"{column or 'text, story or content'}")
-                text = (row or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                if story := re.sub("\r\n?", "\n", text).strip():
-                    if mark := MARK.search(story):
-                        say_once(f"WARNING: {name}: {mark[0]} is read as text, not as the end of a story")
+                    raise UserError(f"{name} holds {reprlib.repr(row)} where a text is wanted")
+                story = re.sub("\r\n?", "\n", re.sub("[\ud800-\udfff]", UNKNOWN, row or "")).strip()
+                if separator in story:
+                    say_once(f"WARNING: {separator!r} within a line or a row is read as text")
+                if story:
                     yield story
-        except (OSError, ValueError, RuntimeError) as error:
-            advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
-            raise DatasetUnavailable(f"cannot read {name}: {first_line(error)}{advice}") from error
+                elif others := [key for key in full if key != column]:
+                    say_once(f"WARNING: rows with nothing in column {column} are left out, though some have "
+                             f"something in column {others[0]}")
+    except (OSError, ValueError, RuntimeError) as error:
+        advice = "; convert it to UTF-8" if isinstance(error, UnicodeError) else ""
+        reason = first_line(error).partition(" column ")[0]
+        raise DatasetUnavailable(f"cannot read {name}: {reason}{advice}") from error
 
 
 def by_split(names: Iterable[str]) -> dict[str, list]:
-    """Groups files or splits: for validation are those with valid, val, eval, dev or test in their names."""
+    """Groups names of files or splits; valid, val, eval, dev or test in a name stands for validation."""
     held_out = re.compile(r"(?i)(?<![a-z])(valid(ation)?|val|eval(uation)?|dev|tests?)(?![a-z])").search
     groups = list(itertools.filterfalse(held_out, names)), list(filter(held_out, names))
     return dict(zip(SPLITS, groups)) if all(groups) else {"train": list(names)}
 
 
 def locate(name: str) -> dict[str, list[Path]] | None:
-    """Returns the files of a local dataset by split, None for the Hub's. Raises UserError for neither."""
+    """Returns the files of a local dataset by split, or None for a dataset on the Hub. Raises UserError."""
+    if name in HUB:
+        return None
     path = SAMPLE if name == "sample" else Path(name)
     inside = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*"))]
     files = [p for name in inside or [""] if "/." not in f"/{name}"  # nothing hidden
              and (p := path / name).suffix.lower() in SUFFIXES and p.is_file()]
     if files:
-        kind = max(files, key=lambda p: p.stat().st_size).suffix.lower()
-        splits = by_split([p.relative_to(path).as_posix() for p in files if p.suffix.lower() == kind])
+        kinds = [[p for p in files if p.suffix.lower() == kind] for kind in SUFFIXES]
+        most, largest = max(kinds, key=len), max(kinds, key=lambda kind: sum(p.stat().st_size for p in kind))
+        if len(largest) < len(most):
+            raise UserError(f"most files in {path} are {most[0].suffix}, but most of their bytes are in "
+                            f"{largest[0].suffix}; move what is no story elsewhere, or name a single file")
+        splits = by_split([p.relative_to(path).as_posix() for p in largest])
         if inside:
             say_once(f"{path}: reading {reprlib.repr(splits)}")
         return {split: [path / name for name in names] for split, names in splits.items()}
     if (os.path.lexists(path) or path.suffix.lower() in SUFFIXES
-            or not re.fullmatch(r"tinystories|[\w.-]+/[\w.-]+", name)):
+            or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise UserError(
             f"data.dataset = {name!r} does not exist or cannot be read: it is not auto, tinystories or "
             f"sample, no file or folder of files {', '.join(SUFFIXES)} (or link to one), and not the name of "
@@ -163,47 +184,48 @@ def open_hub(name: str, limited: bool) -> dict[str, dict]:
     import huggingface_hub.constants as hub
     import requests
 
-    for library in ("datasets", "huggingface_hub"):  # which print two lines at every retry
+    for library in ("datasets", "huggingface_hub"):  # they print two lines at every retry
         logging.getLogger(library).setLevel(logging.ERROR)
-    datasets.config.STREAMING_READ_MAX_RETRIES = 1  # of a read, which tries six times itself
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1  # each of which tries six times
     cause = None
     try:
         within(6, requests.head, hub.ENDPOINT)
         say(f"reading {name} from {hub.ENDPOINT}, for at most about two minutes without an answer")
     except (OSError, ValueError, multiprocessing.TimeoutError) as error:  # ValueError: not an address
         cause = f"no answer from {hub.ENDPOINT}, {type(error).__name__}"
-        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # an earlier download serves
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # use an earlier download
     try:
-        splits = datasets.load_dataset(name, streaming=limited)
+        splits = datasets.load_dataset(f"hf://datasets/{name}", streaming=limited)  # no local folder
     except Exception as error:  # datasets raises many kinds
         raise DatasetUnavailable(f"cannot load the dataset {name!r}: {cause or first_line(error)}") from error
     return {split: {f"the dataset {name!r}, split {part}": splits[part].__iter__
                     for part in parts} for split, parts in by_split(splits).items()}
 
 
-def open_dataset(name: str, limited: bool) -> dict[str, Callable]:
-    """Returns {"train": stories, "validation": stories}, functions that start an iteration; only "train"
-    without a validation split. `limited`: stream from the Hub, do not download it all. Raises UserError.
+def open_dataset(name: str, limited: bool, separator: str = END_OF_TEXT) -> dict[str, Callable]:
+    """Returns {"train": stories, "validation": stories}, functions that start an iteration, without
+    "validation" if the dataset has none. `limited` streams from the Hub instead of downloading everything.
+    Raises UserError.
     """
     if files := locate(name):
-        splits = {split: {str(path): functools.partial(read_rows, path, len(paths) == 1) for path in paths}
-                  for split, paths in files.items()}
+        splits = {split: {str(path): functools.partial(read_rows, path, separator, path == files["train"][0])
+                          for path in paths} for split, paths in files.items()}
     else:
-        splits = open_hub("roneneldan/TinyStories" if name == "tinystories" else name, limited)
-    return {split: functools.partial(read_texts, sources) for split, sources in splits.items()}
+        splits = open_hub(HUB.get(name, name), limited)
+    return {split: functools.partial(read_texts, sources, separator) for split, sources in splits.items()}
 
 
 def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None) -> tuple:
     """Returns two functions that start an iteration over the training and the validation stories.
 
-    Without a validation split, the last 5 % of the stories (at least one) are held out, or of the only one. A
-    training story that is also a validation story, word for word, is left out.
+    Without a validation split the last 5 % of the stories (at least one) are held out; of a single long text,
+    its last 5 %. A training story that equals a validation story is left out.
     """
     whole, first = splits["train"], None
     if "validation" not in splits:
         n_stories = sum(1 for _ in progress(whole(), None, "counting stories"))
         if n_stories == 1:
-            say(f"one long text, since no line {END_OF_TEXT} separates stories: its end is held out")
+            say("one long text: its last 5 % are held out")
             text = next(whole())
             end = len(text) * 95 // 100
             n_stories, whole = 2, lambda: filter(None, map(str.strip, (text[:end], text[end:])))
@@ -226,7 +248,7 @@ def hold_out(splits: dict, max_stories: int | None, max_val_stories: int | None)
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless on any text.
 
-    `tokens` are byte strings in the order of their ranks; end-of-text comes last. Encoding is tiktoken's.
+    `tokens` are byte strings in the order of their ranks; end-of-text comes last. tiktoken does the encoding.
     """
 
     # GPT-2's split pattern; possessive, as in tiktoken: the same pieces, faster.
@@ -242,10 +264,10 @@ class BPETokenizer:
 
     @classmethod
     def gpt2(cls, data_dir: str | Path) -> "BPETokenizer":
-        """Returns GPT-2's tokenizer, from tiktoken's cache in `data_dir` or the network. Raises UserError."""
+        """Returns GPT-2's tokenizer, cached in `data_dir` or downloaded. Raises UserError."""
         cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path(data_dir, "tiktoken")))
         try:
-            encoding = within(20, tiktoken.get_encoding, "gpt2")  # tiktoken itself has no timeout
+            encoding = within(20, tiktoken.get_encoding, "gpt2")  # which has no timeout
         except (OSError, ValueError, multiprocessing.TimeoutError) as error:
             raise UserError(
                 f"GPT-2's vocabulary is not in {cache} and cannot be downloaded ({first_line(error)}); "
@@ -254,14 +276,15 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, stories: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Returns a tokenizer of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
+        """Learns a vocabulary of `vocab_size` tokens: 256 bytes, merges, end-of-text; fewer if pairs run out.
 
-        Merges the most frequent pair again and again; of equally frequent ones the lexicographically greatest
-        pair of byte strings. Words are spelt as numbers of their tokens, "90z 9cz 9az": hexadecimal, every
-        byte taken from 255 and z at the end, so that the greatest pair is the first in a heap.
+        Again and again, the most frequent pair of tokens becomes a token; among equally frequent pairs, the
+        lexicographically greatest pair of byte strings. A word is spelled as its tokens, "90z 9cz 9az". Each
+        is hexadecimal, with 255 - b for every byte b and a final z, so that the greatest pair sorts first in
+        a heap.
         """
-        word_counts = Counter(word[:256] for story in stories  # long ones are slow
-                              for word in regex.findall(cls.PATTERN, story))
+        word_counts = Counter(word[0][:256] for story in stories  # longer words would be slow
+                              for word in regex.finditer(cls.PATTERN, story))
         spelt = dict.fromkeys(word_counts, "")
         pair_counts, words_with, changed, heap = Counter(), defaultdict(set), set(), []
 
@@ -269,7 +292,7 @@ class BPETokenizer:
             changes = Counter(itertools.pairwise(spelling.split()))
             changes.subtract(itertools.pairwise(spelt[word].split()))
             spelt[word] = spelling
-            for pair in filter(changes.get, changes):  # not those that remain
+            for pair in filter(changes.get, changes):  # those whose count changes
                 pair_counts[pair] += changes[pair] * word_counts[word]
                 words_with[pair].add(word)
                 changed.add(pair)
@@ -297,10 +320,10 @@ class BPETokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Returns `encode(text)` as an array: twice as fast, and threads run side by side."""
+        """Returns `encode(text)` as an array. This is twice as fast, and threads run in parallel."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # half a surrogate pair, as in a cut emoji, or too many blanks for the pattern
+        except ValueError:  # half a surrogate pair (a cut emoji), or too many blanks for the pattern
             pieces = re.split(r"(\s{10000})", text)
             return np.array([token for piece in pieces for token in self._encoding.encode_ordinary(piece)])
 
@@ -308,7 +331,7 @@ class BPETokenizer:
         return self._encoding.decode(list(map(int, tokens)))
 
     def decoder(self) -> Callable:
-        """Returns a function that turns tokens into text as they come, characters whole; None ends it."""
+        """Returns a function from the next token to the text that it completes; None ends the text."""
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         token_bytes = self._encoding.decode_single_token_bytes
         return lambda token: decode(b"", True) if token is None else decode(token_bytes(int(token)))
@@ -318,7 +341,7 @@ class BPETokenizer:
 
 
 class CharTokenizer(BPETokenizer):
-    """A token for each character of the training stories, then one for unknown ones, then end-of-text."""
+    """A token for each character of the training stories, then unknown, then end-of-text."""
 
     PATTERN = r"(?s)."
 
@@ -329,10 +352,10 @@ class CharTokenizer(BPETokenizer):
 
     @classmethod
     def train(cls, stories: Iterable[str]) -> "CharTokenizer":
-        """Returns the tokenizer of the characters in `stories`, of as many as a stream can have tokens."""
+        """Returns a tokenizer of the characters in `stories`, at most as many as ids exist."""
         counts = Counter(itertools.chain.from_iterable(stories))
         del counts[UNKNOWN]
-        return cls("".join(sorted(dict(counts.most_common(2**16 - 2)))))
+        return cls("".join(sorted(dict(counts.most_common(VOCAB_LIMIT - 2)))))
 
     def encode_array(self, text: str) -> np.ndarray:
         return super().encode_array(self._unknown.sub(UNKNOWN, text))
@@ -361,14 +384,16 @@ class Stream:
     info: dict  # dataset, split, stories, tokens, bytes (UTF-8), sha256 (of the tokens), tokenizer (hash)
 
     def head(self, limit: int | None, tokenizer) -> tuple:
-        """Returns the first `limit` tokens, up to the end of a story if one ends, and their text's bytes."""
+        """Returns the whole stories in the first `limit` tokens (all of these if no story ends), and their
+        size in bytes.
+        """
         ends = np.flatnonzero(self.tokens[:limit] == tokenizer.eot_id) + 1
         tokens = self.tokens[:max(ends, default=limit)]
         return tokens, len(tokenizer.decode(tokens).encode()) - len(ends) * len(END_OF_TEXT)
 
 
 def encode_stories(stories: Iterable[str], tokenizer, write: Callable) -> dict:
-    """Encodes stories, each followed by end-of-text, on all cores and hands them in their order to `write` as
+    """Encodes stories, each followed by end-of-text, on all cores, and passes them in order to `write` as
     uint16 arrays. Returns counts and hash of what was written. Some thousand stories are in memory.
     """
     def encode(story: str) -> np.ndarray:
@@ -399,7 +424,7 @@ def make_tokenizer(request: dict, data_dir: Path, stories: Callable):
 def build_streams(stem: Path, dataset: str, request: dict, tokenizer) -> None:
     """Writes the two streams and, last, the JSON that describes them. Raises UserError."""
     limits = request["max_stories"], request["max_val_stories"]
-    stories = hold_out(open_dataset(dataset, limited=limits[0] is not None), *limits)
+    stories = hold_out(open_dataset(dataset, limits[0] is not None, request["separator"]), *limits)
     tokenizer = tokenizer or make_tokenizer(request, stem.parent, stories[0])
     spec = tokenizer.spec()
     description = {"request": request, "tokenizer": spec}
@@ -410,18 +435,18 @@ def build_streams(stem: Path, dataset: str, request: dict, tokenizer) -> None:
             if not counts["stories"]:
                 raise UserError(f"data.dataset = {dataset!r} has no story for the {split} split that is not "
                                 "empty or in the other one; it needs at least two different ones, in a text "
-                                f"with a line {END_OF_TEXT} between them")
+                                f"with a line {request['separator']!r} between them")
         description[split] = {"dataset": dataset, "split": split, **counts, "tokenizer": json_hash(spec)}
     with atomic_write(Path(f"{stem}.json")) as file:
         file.write(json.dumps(description | {"sha256": json_hash(description)}, indent=1).encode())
 
 
 def find_streams(folder: Path, wanted: dict | list) -> tuple | None:
-    """Returns (tokenizer, train stream, validation stream) of the first whole streams in the folder whose
-    request or content is the `wanted` one, or None.
+    """Returns (tokenizer, train stream, validation stream) of the first undamaged streams in the folder that
+    have the `wanted` request or content, or None.
     """
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(Exception):  # whatever another JSON file makes of it
+        with contextlib.suppress(Exception):  # of any kind, if the JSON file is something else
             found = json.loads(path.read_text())
             if found.pop("sha256") == json_hash(found) and wanted in (found["request"], content(found)):
                 streams = [Stream(np.memmap(path.with_name(f"{path.stem}-{split}.bin"), np.uint16, "c"),
@@ -432,17 +457,17 @@ def find_streams(folder: Path, wanted: dict | list) -> tuple | None:
 
 
 def content(dataset: dict) -> list[str]:
-    """What streams are: the SHA-256 of their tokens, of {split: info} as in a checkpoint."""
+    """Returns the SHA-256 of the tokens of each split, from {split: info} as in a checkpoint."""
     return [dataset[split]["sha256"] for split in SPLITS]
 
 
 def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> tuple:
-    """Returns (tokenizer, train stream, validation stream), built where `data_dir` does not hold them yet.
+    """Returns (tokenizer, train stream, validation stream); builds them if `data_dir` does not hold them yet.
 
-    `auto` is what it was when the run of the checkpoint began; without one TinyStories, and where that cannot
-    be reached the bundled stories, with a warning; if GPT-2's vocabulary cannot be had either, with the bpe
-    tokenizer. The streams' `info` says what they really are. A `tokenizer` that is given is used as it is.
-    Raises UserError.
+    `auto` means what it meant when the checkpoint's run began. Without a checkpoint it is TinyStories. If
+    that cannot be reached, it is the bundled stories, with a warning, and with the bpe tokenizer if GPT-2's
+    cannot be had either. The streams' `info` says what was used. A `tokenizer` that is given
+    is used as it is. Raises UserError.
     """
     dataset, kind = config.data.dataset, config.training.tokenizer_type
     if checkpoint:
@@ -451,7 +476,7 @@ def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> t
             dataset, kind = trained, checkpoint["tokenizer"]["type"]
         if Path(dataset).name == Path(trained).name and not os.path.lexists(dataset):  # or on the Hub
             if found := find_streams(Path(config.data.data_dir), content(checkpoint["dataset"])):
-                say(f"the streams of {dataset} in {config.data.data_dir} serve")
+                say(f"using the streams of {dataset} in {config.data.data_dir}")
                 return found
     try:
         return prepare_streams(config, "tinystories" if dataset == "auto" else dataset, kind, tokenizer)
@@ -470,11 +495,11 @@ def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> t
 
 
 def prepare_streams(config: Config, dataset: str, kind: str, tokenizer) -> tuple:
-    """`prepare` for a dataset and a type of tokenizer that are what they say. What is there is only read."""
+    """`prepare` without fallbacks. Streams that exist already are only read."""
     data, folder, files = config.data, Path(config.data.data_dir), locate(dataset)
     source = files and {split: [p.suffix.lower() + file_hash(p) for p in files[split]] for split in files}
     request = {"dataset": source or dataset, "max_stories": data.max_stories,  # wherever its files lie
-               "max_val_stories": data.max_val_stories, "tokenizer_type": kind}
+               "max_val_stories": data.max_val_stories, "separator": data.separator, "tokenizer_type": kind}
     if kind == "bpe":
         request["bpe_vocab_size"] = config.training.bpe_vocab_size
     if tokenizer:
@@ -484,7 +509,7 @@ def prepare_streams(config: Config, dataset: str, kind: str, tokenizer) -> tuple
         build_streams(folder / f"{name}-{json_hash(request)}-{kind}", dataset, request, tokenizer)
         found = find_streams(folder, request)
     for stream in found[1:]:
-        stream.info["dataset"] = dataset  # what they are called now
+        stream.info["dataset"] = dataset  # its name today
     return found
 
 

@@ -38,7 +38,7 @@ import torch
 from config import (
     ArgumentParser, Config, ModelConfig, SamplingConfig, UserError, parse_value, run_main)
 from data import (
-    END_OF_TEXT, Stream, atomic_write, best_model, content, encode_stories, find_streams, first_line,
+    END_OF_TEXT, HUB, Stream, atomic_write, best_model, content, encode_stories, find_streams, first_line,
     load_checkpoint, locate, open_dataset, prepare, progress, say, tokenizer_from_spec)
 from model import NORM_EPS, ROPE_THETA, Transformer, evaluate, story_windows
 from train import choose_device
@@ -147,7 +147,8 @@ def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
     config, trained = Config.of(checkpoint["config"]), content(checkpoint["dataset"])
     if found := find_streams(near(path, config.data.data_dir), trained):
         return found[1:]
-    config.data.dataset = str(near(path, config.data.dataset))
+    if config.data.dataset not in ("sample", *HUB):
+        config.data.dataset = str(near(path, config.data.dataset))
     try:
         _, *streams = prepare(config, checkpoint)
     except UserError as error:
@@ -158,9 +159,9 @@ def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
     return tuple(streams)
 
 
-def read_stream(name: str, tokenizer) -> Stream:
+def read_stream(name: str, tokenizer, separator: str = END_OF_TEXT) -> Stream:
     """Returns the stories of any dataset as a stream: its validation split if it has one, else all."""
-    splits, chunks = open_dataset(name, limited=True), []
+    splits, chunks = open_dataset(name, limited=True, separator=separator), []
     split = "validation" if "validation" in splits else "train"
     stories = progress(splits[split](), None, "tokenizing stories")
     counts = encode_stories(stories, tokenizer, chunks.append)
@@ -404,7 +405,7 @@ def run_evaluation(model: Transformer, tokenizer, checkpoint: dict, sampling: di
             raise
         say(f"WARNING: {error}; copies of training stories cannot be counted")
     if options.data:
-        stream = read_stream(options.data, tokenizer)
+        stream = read_stream(options.data, tokenizer, Config.of(checkpoint["config"]).data.separator)
     results = {"checkpoint": str(options.checkpoint), "step": checkpoint["step"], **stream.info,
                "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
                **loss_figures(model, tokenizer, stream)}
@@ -687,7 +688,7 @@ def dataset_name(text: str) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__, settings=False)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", type=best_model,
                         help="a file, or the folder of a run; default: checkpoints/best_model.pt")
     parser.add_argument("--data", type=dataset_name,

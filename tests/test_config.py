@@ -1,6 +1,8 @@
 """Settings: three ways to set them, types, validation, presets."""
 
+import copy
 import dataclasses
+import pickle
 import subprocess
 import sys
 
@@ -43,6 +45,8 @@ def test_a_home_folder_is_one_after_an_equals_sign_too(monkeypatch):
     config = configure("data.dataset=~/stories.txt", "training.log_dir=~", "data.data_dir=a~b")
     assert (config.data.dataset, config.training.log_dir) == ("/home/me/stories.txt", "/home/me")
     assert config.data.data_dir == "a~b"
+    config.data.dataset = "~/more.txt"  # at the end of config.py
+    assert config.data.dataset == "/home/me/more.txt"
 
 
 def test_a_config_of_its_own_values_is_the_same_and_sections_of_an_older_one_have_defaults():
@@ -76,15 +80,16 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["model.n_layer=3"], ["model.n_layer", "did you mean 'model.n_layers'"]),
     (["n_layers=3"], ["n_layers", "model.n_layers"]),
     (["--batch_size=12"], ["--batch_size=12", "did you mean 'training.batch_size'?"]),
-    (["--presets", "quick"], ["--presets", "did you mean 'preset'?"]),
+    (["--presets", "quick"], ["--presets", "did you mean '--preset'?"]),
     (["optimizer.lr=3"], ["optimizer.lr"]),
     (["--preset", "quik"], ["quik", "did you mean 'quick'"]),
     (["--preset"], ["--preset"]),
     (["--no-such-option"], ["--no-such-option"]),
-    (["model.n_layers"], ["model.n_layers", "section.field=value"]),
+    (["model.n_layers"], ["model.n_layers = '' must be a whole number"]),
     (["model.n_layers=three"], ["model.n_layers", "three", "whole number"]),
     (["model.n_layers=2.5"], ["model.n_layers", "2.5", "whole number"]),
-    (["model.n_layers=none"], ["model.n_layers", "none"]),
+    (["model.n_layers=none"], ["model.n_layers", "None"]),
+    (["model.n_layers=true"], ["model.n_layers", "whole number"]),
     (["model.n_layers=0"], ["model.n_layers", "0", "at least 1"]),
     (["model.n_layers=-1"], ["model.n_layers", "-1"]),
     (["model.n_heads=7"], ["model.d_model", "model.n_heads"]),
@@ -104,13 +109,13 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["training.device=gpu"], ["training.device", "gpu", "cuda"]),
     (["training.batch_size=0", "training.max_steps=0"], ["training.batch_size", "training.max_steps"]),
     (["training.batch_size=big", "training.use_amp=maybe"],
-     ["'big' must be a whole number;", "'maybe' must be true or false"]),
-    (["data.max_stories=all"], ["data.max_stories", "'all' must be a whole number or none"]),
+     ["'big' must be a whole number of at least 1;", "'maybe' must be true or false"]),
+    (["data.max_stories=all"], ["data.max_stories", "'all' must be a whole number of at least 1 or none"]),
     (["training.seed=-1"], ["training.seed"]),
     (["training.max_minutes=0"], ["training.max_minutes"]),
     (["training.checkpoint_dir="], ["training.checkpoint_dir", "empty"]),
     (["data.max_stories=0"], ["data.max_stories"]),
-    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "or 0"]),
+    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "between 0 and 1000"]),
     (["sampling.top_p=1.1"], ["sampling.top_p", "1.1"]),
     (["sampling.temprature=1"], ["sampling.temprature", "did you mean 'sampling.temperature'"]),
 ])
@@ -122,7 +127,7 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, names):
 
 def test_a_script_without_settings_suggests_none():
     with pytest.raises(UserError) as error:
-        ArgumentParser("Evaluates.", settings=False).configure(Config(), ["--max_steps=3"])
+        ArgumentParser("Evaluates.").parse_args(["--max_steps=3"])
     assert "--max_steps" in str(error.value) and "training" not in str(error.value)
 
 
@@ -132,8 +137,60 @@ def test_a_wrong_type_in_config_py_is_reported_with_all_other_problems():
     with pytest.raises(UserError) as error:
         config.validate()
     assert all(name in str(error.value) for name in ("batch_size = '32'", "n_layers = 2.0", "use_amp = 1"))
-    with pytest.raises(AttributeError):
-        config.model.n_layer = 3
+
+
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("config.model.n_layer = 6", "there is no setting 'model.n_layer'; did you mean 'model.n_layers'?"),
+    ("config.model.nlayers += 1", "there is no setting 'model.nlayers'; did you mean 'model.n_layers'?"),
+    ("config.training.tokenizer = 'bpe'",
+     "there is no setting 'training.tokenizer'; did you mean 'training.tokenizer_type'?"),
+    ("config.modle.n_layers = 6", "there is no setting 'modle'; did you mean 'model'?"),
+    ("config.n_layers = 6", "there is no setting 'n_layers'; did you mean 'model.n_layers'?"),
+    ("config.model = dict(n_layers=6)", "config.model = {'n_layers': 6} is no section of settings; set its "
+                                        "fields one by one, as in config.model.n_layers = 6"),
+    ("config.data = None", "config.data = None is no section of settings; set its fields one by one, as in "
+                           "config.model.n_layers = 6"),
+    ("config.apply_preset('quik')", "there is no preset 'quik'; did you mean 'quick'?"),
+])
+def test_a_misspelt_name_is_one_sentence_that_suggests_another(line, sentence):
+    with pytest.raises(UserError) as error:
+        exec(line, {"config": Config()})
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("config.modle.n_layers = 6", "there is no setting 'modle'; did you mean 'model'?"),
+    ("config.model = ModelConfig(n_layer=6)",
+     "ModelConfig.__init__() got an unexpected keyword argument 'n_layer'"),
+])
+def test_a_mistake_at_the_end_of_config_py_is_one_sentence_and_code_2(tmp_path, line, sentence):
+    """In a script that has only begun to import it."""
+    code = (ROOT / "config.py").read_text() + line
+    (tmp_path / "config.py").write_text(code)
+    (tmp_path / "script.py").write_text("from config import run_main\nrun_main(print)")
+    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == f"error: {tmp_path}/config.py, line {len(code.splitlines())}: {sentence}\n"
+
+
+def test_other_exceptions_are_reported_as_ever(tmp_path):
+    (tmp_path / "script.py").write_text("import config\nconfig.Config().model.n_layer")
+    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True,
+                           env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "did you mean 'model" in ended.stderr
+
+
+def test_a_config_can_be_copied_and_asked_what_it_has():
+    config = configure("model.n_layers=3")
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    assert hasattr(config.model, "n_layers") and not hasattr(config.model, "n_layer")
+
+
+def test_a_newline_in_a_separator_is_written_as_in_python():
+    config = configure(r"data.separator=\n\n\n")
+    assert config.data.separator == "\n\n\n"
+    config.data.separator = "~\n"
+    assert config.data.separator == "~\n"  # no home folder
 
 
 def test_importing_has_no_side_effects(tmp_path):

@@ -1,6 +1,8 @@
 """What people bring as a dataset: folders, paths, separators, text that breaks things, a Hub that fails."""
 
 import builtins
+import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -9,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -64,8 +67,8 @@ def test_a_run_goes_on_however_its_stories_are_spelt(tmp_path, reference, capsys
     capsys.readouterr()
     assert go(config).code == 0
     printed = capsys.readouterr().err
-    changed = {"another data_dir": "data.data_dir was", "gone": "serve"}.get(how, "data.dataset was")
-    assert changed in printed
+    said = {"another data_dir": "data.data_dir was", "gone": "using the streams of"}
+    assert said.get(how, "data.dataset was") in printed
     assert (tmp_path / "logs" / "metrics.jsonl").exists()
     ours, theirs = (train.load_checkpoint(f / "checkpoints" / "latest.pt") for f in (tmp_path, reference))
     assert all(ours["model"][k].equal(v) for k, v in theirs["model"].items())
@@ -129,6 +132,18 @@ def test_a_checkpoint_without_its_stories_says_what_to_do(finished, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'stories.txt' does not exist.*--data"):
         streams_of(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["auto", "tinystories", "sample"])
+def test_a_folder_above_a_checkpoint_named_like_a_dataset_is_not_its_stories(tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(evaluation, "prepare", lambda config, _: asked.append(config.data.dataset) or [])
+    (tmp_path / name).mkdir()
+    checkpoint = {"config": dataclasses.asdict(char_config(tmp_path, name)),
+                  "dataset": {split: {"sha256": "0"} for split in data.SPLITS}}
+    with contextlib.suppress(ValueError):  # no streams
+        evaluation.open_streams(checkpoint, tmp_path / "checkpoints" / "best_model.pt")
+    assert asked == [name]
 
 
 # ---------------------------------------------------------------- streams are kept and shared
@@ -250,7 +265,9 @@ def test_a_folder_of_texts_is_a_story_a_file_or_all_their_stories(tmp_path, caps
     write_stories(tmp_path / "two" / "a.txt", STORIES[:20])
     write_stories(tmp_path / "two" / "b.txt", STORIES[20:])
     assert split(tmp_path / "two") == (STORIES[:38], STORIES[38:])
-    assert all(": reading {'train': [" in line for line in capsys.readouterr().err.splitlines())
+    first, warning, second = capsys.readouterr().err.splitlines()
+    assert ": reading {'train': [" in first and ": reading {'train': [" in second
+    assert f"WARNING: {tmp_path}/one/festival 00.txt is read as one story" in warning
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "eval", "evaluation", "dev", "test", "tests", "validation"])
@@ -277,42 +294,133 @@ def test_hidden_folders_and_loops_of_links_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["text", "story", "content", "body"])
-@pytest.mark.parametrize("form", ["array.json", "lines.JSONL", "lines.json", "rows.Parquet", "strings.json"])
+@pytest.mark.parametrize("form", ["array.json", "lines.JSONL", "lines.json", "objects.jsonl", "rows.Parquet",
+                                  "strings.json"])
 def test_json_and_parquet_of_one_obvious_column(tmp_path, column, form):
-    rows = [{"n": i, column: f" {s} ", "more": {"a": [1]}} for i, s in enumerate([*STORIES, "", STORIES[0]])]
+    rows = [{"n": i, column: f" {s} ", "ok": True, "note": None, "tags": []}
+            for i, s in enumerate([*STORIES, "", STORIES[0]])]
     rows[5][column] = None
+    if column != "body":  # a name that says what it is may stand beside anything
+        rows = [{"id": "x", **row, "more": {"a": [1]}} for row in rows]
     folder = tmp_path / "d"
     folder.mkdir()
     if form == "rows.Parquet":
         pandas = pytest.importorskip("pandas")
         pandas.DataFrame(rows).to_parquet(folder / form)
-    elif form == "strings.json":
-        (folder / form).write_text(json.dumps([row[column] for row in rows]))
     else:
-        lines = "\n".join(map(json.dumps, rows))
-        (folder / form).write_text("\ufeff" + (json.dumps(rows, indent=1) if "array" in form else lines))
+        written = {"array.json": " \n\n" + json.dumps(rows, indent=1),
+                   "strings.json": json.dumps([row[column] for row in rows]),
+                   "objects.jsonl": "\n".join(json.dumps(row, indent=2) for row in rows)}
+        lines = "\n\n".join(map(json.dumps, rows))
+        (folder / form).write_text("\ufeff" + written.get(form, lines))
     training, validation = split(folder)
     assert training + validation == [*STORIES[1:5], *STORIES[6:], STORIES[0]]
     assert split(folder / form) == (training, validation)
 
 
+@pytest.mark.parametrize("row", [
+    {"id": "id-0", "messages": [{"role": "user", "content": "x"}]}, {"id": "0", "conversations": ["x"]},
+    {"title": "Story 0", "paragraphs": ["x"]}, {"url": "http://x/0", "doc": {"text": "x"}},
+    {"version": "1", "data": [{"text": "x"}]}, {"data": [{"text": "x"}]}, {"title": "A", "body": "y"}])
+@pytest.mark.parametrize("form", ["json", "indented.json", "jsonl", "parquet"])
+def test_a_column_is_guessed_only_where_no_other_could_be_meant(tmp_path, row, form):
+    path = tmp_path / f"d.{form}"
+    if form == "parquet":
+        pytest.importorskip("pandas").DataFrame([row, row]).to_parquet(path)
+    else:
+        path.write_text(json.dumps([row, row] if form == "json" else row, indent=1 if "in" in form else None))
+    wanted = f"d.{form} has the columns {', '.join(row)}; give the one with the stories the name text"
+    with pytest.raises(UserError, match=wanted if len(row) > 1 else "holds .* where a text is wanted"):
+        prepare(char_config(tmp_path, path))
+
+
+def test_a_column_that_is_empty_where_another_has_the_text_is_said_once(tmp_path, capsys):
+    rows = [{"n": i, "text": story if i % 3 == 0 else [None, ""][i % 2], "body": story}
+            for i, story in enumerate(STORIES)]
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data.say_once.cache_clear()
+    assert sum(map(len, split(path))) == 14
+    assert capsys.readouterr().err == ("WARNING: rows with nothing in column text are left out, though some "
+                                       "have something in column body\n")
+    data.say_once.cache_clear()
+    path.write_text("\n".join(json.dumps({"n": row["n"], "text": row["text"] or " "}) for row in rows))
+    assert sum(map(len, split(path))) == 14 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("broken", "number"), [
+    ('{"text": "x"', 21), ('{"text": "x', 21), ('{"text": x}', 21), ('{"text": "x"}}', 21), ('x', 21)])
+@pytest.mark.parametrize("blank", ["", "\n \n"])
+def test_an_error_in_a_json_file_names_the_line(tmp_path, broken, number, blank):
+    lines = [json.dumps({"text": story}) for story in STORIES]
+    lines[20] = broken
+    (tmp_path / "s.jsonl").write_text(blank + "\n".join(lines))
+    number += blank.count("\n")
+    with pytest.raises(UserError, match=rf"cannot read .*s.jsonl: .*: line {number}$"):
+        prepare(char_config(tmp_path, tmp_path / "s.jsonl"))
+
+
+def test_an_error_in_an_array_names_the_line(tmp_path):
+    text = json.dumps([{"text": story} for story in STORIES], indent=1).splitlines()
+    text[4] += "x"
+    (tmp_path / "s.json").write_text("\n" + "\n".join(text))
+    with pytest.raises(UserError, match=r"cannot read .*s.json: .*: line 6$"):
+        prepare(char_config(tmp_path, tmp_path / "s.json"))
+
+
+def test_a_folder_is_of_the_kind_that_most_of_it_is(tmp_path):
+    folder = tmp_path / "d"
+    for i, story in enumerate(STORIES):
+        write_stories(folder / f"{i:02}.txt", [story])
+    (folder / "meta.json").write_text(json.dumps([{"text": "no story"}]))
+    assert split(folder) == (STORIES[:38], STORIES[38:])
+    (folder / "meta.json").write_text(json.dumps([{"text": "no story"}] * 1000))
+    with pytest.raises(UserError, match="most files in .*d are .txt, but most of their bytes are in .json; "):
+        split(folder)
+    (folder / "meta.json").rename(folder / "meta.jsonl.bak")
+    (folder / "d.parquet").touch()
+    assert split(folder) == (STORIES[:38], STORIES[38:])
+
+
+@pytest.mark.parametrize("kind", [None, "folder", "empty file", "stories"])
+def test_what_is_named_like_a_dataset_a_tokenizer_or_a_preset_is_not_in_the_way(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def hub(name, limited):
+        asked.append(name)
+        return {"train": {name: lambda: iter(STORIES)}}
+
+    monkeypatch.setattr(data, "open_hub", hub)
+    for name in ("auto", "tinystories", "sample", "gpt2", "char", "bpe", "quick", "roneneldan/TinyStories"):
+        if kind == "stories":
+            write_stories(tmp_path / name, ["One.", "Two."])
+        elif kind == "empty file":
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        elif kind == "folder":
+            (tmp_path / name).mkdir(parents=True)
+    for i, name in enumerate(("auto", "tinystories")):
+        _, stream, _ = prepare(char_config(tmp_path / f"new {i}", name))
+        assert stream.info["dataset"] == "tinystories" and stream.info["stories"] == 38
+    assert asked == ["roneneldan/TinyStories"] * 2
+    assert data.locate("sample") == {"train": [data.SAMPLE]}
+
+
 @pytest.mark.parametrize(("files", "message"), [
-    ({"a.jsonl": '{"a": "x", "b": "y"}'}, "a.jsonl holds {'a': 'x', 'b': 'y'} where a text is wanted, in a "
-                                          "column text, story or content"),
+    ({"a.jsonl": '{"a": "x", "b": "y"}'},
+     "a.jsonl has the columns a, b; give the one with the stories the name text, in every row$"),
     ({"a.jsonl": '{"title": "A", "body": null}\n{"title": "B", "body": "y"}'},
-     "a.jsonl holds {.*} where a text is wanted, in a column text, story or content"),
-    ({"a.jsonl": '{"id": "0"}\n{"id": "1", "tale": "y"}'},
-     "a.jsonl holds {'id': '1', 'tale': 'y'} where a text is wanted, in a column id$"),
-    ({"a.jsonl": '{"n": 1}'}, "a.jsonl holds {'n': 1} where a text is wanted"),
-    ({"a.jsonl": '{"text": "x"}', "b.jsonl": '{"body": "y"}'},
-     "b.jsonl holds {'body': 'y'} where a text is wanted, in a column text$"),
-    ({"a.jsonl": '{"text": 7}'}, "a.jsonl holds 7 where a text is wanted, in a column text$"),
+     "a.jsonl has the columns title, body; "),
+    ({"a.jsonl": '{"id": "0"}\n{"id": "1", "tale": "y"}'}, "a.jsonl has the columns id, tale; "),
+    ({"a.jsonl": '{"n": 1}'}, "no story for the train split"),
+    ({"a.jsonl": '{"text": "x"}', "b.jsonl": '{"body": "y"}'}, "b.jsonl has the columns body; "),
+    ({"a.jsonl": '{"text": 7}'}, "a.jsonl holds 7 where a text is wanted$"),
     ({"a.jsonl": "1\n2"}, "a.jsonl holds 1 where a text is wanted"),
-    ({"a.jsonl": '{"story": ["x", "y"]}'}, "a.jsonl holds .* where a text is wanted, in a column story$"),
-    ({"a.json": '[{"text": {"en": "x"}}]'},
-     "a.json holds {'en': 'x'} where a text is wanted, in a column text$"),
-    ({"a.json": '{"text": '}, "cannot read .*a.json: "),
-    ({"a.json": '{"data": [{"text": "x"}]}'}, "a.json holds {'data': .* where a text is wanted"),
+    ({"a.jsonl": '{"story": ["x", "y"]}'}, "a.jsonl holds .* where a text is wanted$"),
+    ({"a.json": '[{"text": {"en": "x"}}]'}, "a.json holds {'en': 'x'} where a text is wanted$"),
+    ({"a.json": '{"text": '}, "cannot read .*a.json: Expecting value: line 1$"),
+    ({"a.json": '{"data": [{"text": "x"}]}'}, "a.json holds .* where a text is wanted"),
     ({"a.parquet": "no parquet"}, "cannot read .*a.parquet: "),
     ({"a.jsonl": b'{"text": "\xff"}'}, "cannot read .*a.jsonl: .*; convert it to UTF-8"),
     ({"a.csv": "text\nx"}, "d' does not exist or cannot be read: .* no file or folder of files .txt, .json"),
@@ -335,51 +443,100 @@ def test_a_dangling_link_is_one_sentence(tmp_path):
 
 # ---------------------------------------------------------------- separators
 
-@pytest.mark.parametrize(("between", "named"), [
-    ("\n<|endoftext|>\n", None), ("\r\n<|endoftext|>\r\n", None), ("<|endoftext|>\n", "<|endoftext|>"),
-    ("<|endoftext|>", "<|endoftext|>"), (" </s>\n", "</s>"),
-    ("\n<|end|>\n", "<|end|>"), ("\n<eos>\n", "<eos>"),
-    ("\n[SEP]\n", "[SEP]"), ("\n---\n", "---"), ("\n* * *\n", "* * *"), ("\n=====\n", "====="),
-    ("\n\n\n", "three newlines"), ("\n\n\n\n\n", "three newlines"), ("</s>\n<s>", "</s>, <s>"),
-])
-def test_separators_of_many_kinds(tmp_path, capsys, between, named):
+@pytest.mark.parametrize(("separator", "between"), [
+    ("<|endoftext|>", "\n<|endoftext|>\n"), ("<|endoftext|>", "\r\n<|endoftext|> \r\n\r\n"),
+    ("<|endoftext|>", "<|endoftext|>\n"), ("</s>", " </s>\n"), ("</s>", "\n\n</s>\n\n"),
+    ("[SEP]", "\n[SEP]\n"), ("---", "\n---\n"), ("* * *", "\n* * *\n"), ("(.*)", "\n(.*)\n"),
+    ("Schluß", "\nSchluß\n"), (r"\n\n\n", "\n\n\n"), ("\n\n\n", "\r\n\r\n \r\n\r\n\r\n"),
+    (r"\n--\n", "\n--\n"), (r"==\n==", "\n==\r\n==\n")])
+def test_stories_end_where_a_line_ends_with_the_separator(tmp_path, capsys, separator, between):
     path = tmp_path / "s.txt"
-    path.write_bytes(between.join(STORIES).encode())
-    training, validation = split(path)
-    assert training + validation == STORIES
-    printed = capsys.readouterr().err
-    assert printed == (f"{path}: stories are separated by {named}\n" if named else "")  # once
+    path.write_bytes(between.join([*STORIES, ""]).encode())
+    config = char_config(tmp_path, path, data__separator=separator)
+    tokenizer, *streams = prepare(config)
+    assert sum(stream.info["stories"] for stream in streams) == 40
+    assert tokenizer.decode(streams[1].tokens) == "".join(f"{story}<|endoftext|>" for story in STORIES[38:])
+    assert capsys.readouterr().err == ""
 
 
-def test_what_looks_like_a_separator_and_is_not_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("separator", [r"\n", r"\n\n"])
+def test_an_empty_line_or_a_newline_can_separate_stories(tmp_path, separator):
     path = tmp_path / "s.txt"
-    path.write_text("\n<|endoftext|>\n".join([*STORIES, "He wrote </s> and\n---\nslept <|endoftext|> well."]))
-    assert split(path)[1][-1] == "He wrote </s> and\n---\nslept <|endoftext|> well."
-    assert "WARNING" in (printed := capsys.readouterr().err) and "</s> is read as text" in printed
-    assert "---" not in printed
+    path.write_text("\n\n\n".join(f"Story {i}." for i in range(40)))
+    _, stream, _ = prepare(char_config(tmp_path, path, data__separator=separator))
+    assert stream.info["stories"] == 38
 
 
-@pytest.mark.parametrize("lines", [0, 1, 12, 30, 40])
-def test_most_of_the_marks_say_whether_they_are_lines(tmp_path, capsys, lines):
-    """As of `write(story + mark)`, where some of the stories end in a newline."""
+@pytest.mark.parametrize(("between", "mark"), [
+    (" </s>\n", "</s>"), ("</s>\n<s>", "</s>"), ("</s>", "</s>"), ("\n<|end|>\n", "<|end|>"),
+    ("<|startoftext|><|endofstory|>\n", "<|endofstory|>"), ("\n<EOS>\n", "<EOS>"), ("\n[SEP]\n", "[SEP]"),
+    ("\n---\n", "---"), ("\r\n---\r\n", "---"), ("\n* * *\n", "* * *"), ("\n=====\n", "====="),
+    ("\n\n\n", "\n\n\n"), ("\n\n \n\n\n", "\n\n\n"), ("\n\n", None), (" ", None)])
+@pytest.mark.parametrize("files", ["s.txt", "d/a.txt d/b.txt", "d/train.txt d/valid.txt"])
+def test_what_looks_like_a_separator_is_named_once_and_read_as_text(tmp_path, capsys, between, mark, files):
+    texts = [f"{story}{between}Not {story}" for story in ("One. \n\nTwo.", "Three.")]
+    paths = [tmp_path / name for name in files.split()]
+    for path, text in zip(paths, texts):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode())
+    dataset = paths[0] if len(paths) == 1 else tmp_path / "d"
+    for _ in range(2):
+        stories = [story for part in split(dataset) for story in part]
+    assert len(stories) == 2  # in one file, its two parts
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert warnings == ([f"WARNING: {paths[0]} is read as one story, since no line ends with data.separator="
+                         f"'<|endoftext|>'; if {mark!r} separates its stories, use data.separator={mark!r} "
+                         "(it counts only at the end of a line)"] if mark else [])
+    if mark and len(paths) == 1 and between != "</s>" and "<|s" not in between:  # the advice helps
+        stories = hold_out(open_dataset(str(dataset), True, mark), None, None)
+        assert len([*stories[0](), *stories[1]()]) == 2 and "one long text" not in capsys.readouterr().err
+
+
+def test_marks_in_stories_that_are_separated_are_text(tmp_path, capsys):
+    path = tmp_path / "s.txt"
+    path.write_text("\n<|endoftext|>\n".join([*STORIES, "He wrote </s> and\n---\n\n\nslept."]))
+    assert split(path)[1][-1] == "He wrote </s> and\n---\n\n\nslept." and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("lines", [0, 1, 20, 40])
+def test_separators_may_stand_alone_or_at_the_end_of_a_story(tmp_path, lines):
     path = tmp_path / "s.txt"
     marks = ["\n<|endoftext|>\n"] * lines + ["<|endoftext|>\n"] * (40 - lines)
     path.write_text("".join(story + mark for story, mark in zip(STORIES, marks)))
-    stories = [story for part in split(path) for story in part]
-    if lines in (0, 1, 12, 40):
-        assert stories == STORIES
-    else:  # those within a line are text, and named
-        assert stories[:30] == STORIES[:30]
-        assert "<|endoftext|> is read as text" in capsys.readouterr().err
+    assert [story for part in split(path) for story in part] == STORIES
 
 
-def test_a_mark_in_a_row_or_late_in_a_text_is_named(tmp_path, capsys):
-    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(f"{story}<|endoftext|>") for story in STORIES))
-    split(tmp_path / "s.jsonl")
-    assert "s.jsonl: <|endoftext|> is read as text" in capsys.readouterr().err
-    (tmp_path / "s.txt").write_text("A line.\n" * 2**21 + "\n<|endoftext|>\n".join(STORIES))
+@pytest.mark.parametrize("name", ["s.jsonl", "s.txt"])
+def test_a_separator_within_a_line_or_a_row_is_text_and_named(tmp_path, capsys, name):
+    data.say_once.cache_clear()
+    rows = [f"{story} <|endoftext|> {story}" for story in STORIES]
+    text = "\n<|endoftext|>\n".join(rows) if name == "s.txt" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(text)
+    assert [story for part in split(tmp_path / name) for story in part] == rows
+    assert capsys.readouterr().err == "WARNING: '<|endoftext|>' within a line or a row is read as text\n"
+
+
+def test_a_mark_late_in_a_text_is_named(tmp_path, capsys):
+    (tmp_path / "s.txt").write_text("A line.\n" * 2**17 + "</s>\n")
     split(tmp_path / "s.txt")
-    assert "s.txt: <|endoftext|> is read as text" in capsys.readouterr().err
+    assert "use data.separator='</s>'" in capsys.readouterr().err
+
+
+def test_streams_of_different_separators_stand_beside_each_other(tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_text("\n---\n".join(STORIES) + "\n<|endoftext|>\nMore.")
+    for separator, stories in (("---", 38), ("<|endoftext|>", 1), ("---", 38)):
+        _, stream, _ = prepare(char_config(tmp_path, path, data__separator=separator))
+        assert stream.info["stories"] == stories
+    assert len(list((tmp_path / "data").glob("*.json"))) == 2
+
+
+@pytest.mark.usefixtures("one_process")
+def test_another_separator_is_another_run(halfway):
+    _, config = halfway
+    config.data.separator = "."
+    with pytest.raises(UserError, match="the sha256 of the train stories was .* undo that .* or use --fresh"):
+        go(config)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_story(tmp_path):
@@ -399,7 +556,7 @@ def test_a_book_is_one_long_text(tmp_path, capsys, mark, newlines):
     assert (training + validation).replace(" ", "") == path.read_text().replace(" ", "").strip()
     assert 0.02 < len(validation) / len(training) < 0.08
     printed = capsys.readouterr().err
-    assert "one long text" in printed and (f"{mark.strip()} is read as text" in printed) == bool(mark)
+    assert "one long text" in printed and printed.count("WARNING") == bool(mark) and mark.strip() in printed
     _, stream, held_out = prepare(char_config(tmp_path, path))
     assert stream.info["stories"] == held_out.info["stories"] == 1
     whole = evaluation.read_stream(str(path), data.CharTokenizer.train([path.read_text()]))
@@ -491,7 +648,8 @@ class Hub(BaseHTTPRequestHandler):
             if Hub.count > 2 and Hub.fault == "429":
                 return self.send(429, b"rate limited", Retry_After="1")
             if Hub.count > 2 and Hub.fault == "reset":
-                return self.connection.close()
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
             if Hub.count > 2 and Hub.fault == "hang":
                 time.sleep(60)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -517,31 +675,43 @@ def hub():
     server.shutdown()
 
 
-def hub_environment(hub: str, folder: Path) -> dict:
-    return {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-
-
-def prepare_from(hub: str, folder: Path, dataset: str, fault: str = "") -> int:
-    """Prepares a Hub dataset in a process of its own, which waits for nothing; returns its id."""
+def with_hub(hub: str, folder: Path, work, fault: str = "") -> int:
+    """Calls work() in `folder`, in a process of its own that waits for nothing; returns its exit code."""
     Hub.fault, Hub.count = fault, 0
 
-    def work():
-        os.environ.update(hub_environment(hub, folder))
+    def afresh():
+        os.environ.update(HF_ENDPOINT=hub, HF_HOME=str(folder / "hf"), HF_HUB_OFFLINE="")
+        os.chdir(folder)
         for name in [name for name in sys.modules if name.split(".")[0] in ("huggingface_hub", "datasets")]:
             del sys.modules[name]  # which read the endpoint when they are imported
-        time.sleep = lambda seconds: None
-        _, stream, held_out = prepare(char_config(folder, dataset))
-        print({"train": stream.info, "validation": held_out.info})
+        import huggingface_hub.constants
 
-    return forked(work)
+        huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.2 if fault == "hang" else 5
+        time.sleep = lambda seconds: None
+        return work()
+
+    return exit_code(forked(afresh))
+
+
+def describe_data(dataset: str):
+    """Returns a function that does as `python data.py`."""
+    def work():
+        sys.argv = ["data.py", "training.tokenizer_type=char", f"data.dataset={dataset}"]
+        data.main()
+
+    return work
+
+
+@pytest.fixture
+def small_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", write_stories(tmp_path / "sample_stories.txt", STORIES))
 
 
 @pytest.mark.parametrize("fault", ["", "once"])
 def test_the_default_path_works_against_the_hub(hub, tmp_path, capfd, fault):
-    assert exit_code(prepare_from(hub, tmp_path, "auto", fault)) == 0
+    assert with_hub(hub, tmp_path, describe_data("auto"), fault) == 0
     out, err = capfd.readouterr()
-    assert "'dataset': 'tinystories', 'split': 'train', 'stories': 3000" in out and "'stories': 50" in out
+    assert "tinystories, train: 3,000 stories" in out and "tinystories, validation: 50 stories" in out
     assert "WARNING" not in err and len([line for line in err.splitlines() if "\r" not in line]) <= 1
     assert not list((tmp_path / "data").glob("*.tmp"))
 
@@ -549,7 +719,7 @@ def test_the_default_path_works_against_the_hub(hub, tmp_path, capfd, fault):
 @pytest.mark.parametrize("fault", ["429", "reset", "hang", "all503"])
 def test_a_hub_that_breaks_ends_in_bounded_time_and_in_one_line(hub, tmp_path, capfd, fault):
     started = time.monotonic()
-    assert exit_code(prepare_from(hub, tmp_path, "tinystories", fault)) == 2
+    assert with_hub(hub, tmp_path, describe_data("tinystories"), fault) == 2
     assert time.monotonic() - started < 20
     *before, error = re.sub("[^\n]*\r", "", capfd.readouterr().err).splitlines()
     assert [line for line in before if line.strip()] == [
@@ -559,16 +729,58 @@ def test_a_hub_that_breaks_ends_in_bounded_time_and_in_one_line(hub, tmp_path, c
 
 
 def test_auto_falls_back_when_the_hub_breaks_in_the_middle(hub, tmp_path):
+    """In a new process: a thread that still reads would abort it at its end."""
     Hub.fault, Hub.count = "reset", 0
+    write_stories(tmp_path / "sample_stories.txt", STORIES)
     impatient = ("import time; time.sleep = lambda seconds: None; import config, data; "
-                 "config.run_main(data.main)")
-    environment = os.environ | hub_environment(hub, tmp_path) | {"PYTHONPATH": str(ROOT)}
+                 "data.SAMPLE = data.Path('sample_stories.txt'); config.run_main(data.main)")
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "",
+                                "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", impatient, "training.tokenizer_type=char"], cwd=tmp_path,
                            capture_output=True, timeout=60, encoding="utf-8", env=environment)
-    assert ended.returncode == 0, ended.stderr  # a thread that still reads would abort the process at its end
-    assert "sample, train: 1,706 stories" in ended.stdout
+    assert ended.returncode == 0, ended.stderr
+    assert "sample, train: 38 stories" in ended.stdout
     assert "WARNING: not TinyStories: cannot read" in ended.stderr and "Fatal" not in ended.stderr
     assert len(list((tmp_path / "data").glob("*.bin"))) == 2 and not list((tmp_path / "data").glob("*.tmp"))
+
+
+NO_HUB = "http://127.0.0.1:9"
+
+
+@pytest.mark.usefixtures("small_sample")
+def test_auto_without_network_falls_back_loudly_and_a_named_dataset_does_not(tmp_path, capfd):
+    assert with_hub(NO_HUB, tmp_path, describe_data("auto")) == 0
+    out, err = capfd.readouterr()
+    assert "sample, train: 38 stories" in out and "WARNING: not TinyStories" in err
+    assert with_hub(NO_HUB, tmp_path, describe_data("tinystories")) == 2
+    assert capfd.readouterr().err.startswith("error: cannot load the dataset 'roneneldan/TinyStories'")
+
+
+def test_an_earlier_download_serves_without_network(tmp_path, capfd):
+    """The folder is laid out as `datasets` does after downloading roneneldan/TinyStories."""
+    def download():
+        import datasets
+
+        for split, n in (("train", 50), ("validation", 1)):
+            rows = [f"A {split} story, number {i}." for i in range(n)]
+            datasets.Dataset.from_dict({"text": rows}).to_json(f"{split}.jsonl")
+        files = {split: f"{split}.jsonl" for split in data.SPLITS}
+        loaded = datasets.load_dataset("json", data_files=files)
+        target = tmp_path / "hf" / "datasets" / "roneneldan___tiny_stories" / "default" / "0.0.0" / "0123"
+        shutil.copytree(Path(loaded["train"].cache_files[0]["filename"]).parent, target)
+        for file in target.glob("json-*"):
+            file.rename(file.with_name(file.name.replace("json-", "tiny_stories-")))
+
+    assert with_hub(NO_HUB, tmp_path, download) == 0
+    assert with_hub(NO_HUB, tmp_path, describe_data("auto")) == 0
+    out, err = capfd.readouterr()
+    assert "tinystories, train: 50 stories" in out and "not TinyStories" not in err
+
+
+def test_a_folder_named_like_a_hub_dataset_does_not_stand_for_tinystories(hub, tmp_path, capfd):
+    (tmp_path / "roneneldan" / "TinyStories").mkdir(parents=True)
+    assert with_hub(hub, tmp_path, describe_data("tinystories")) == 0
+    assert "tinystories, train: 3,000 stories" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
