@@ -679,7 +679,7 @@ def say(message: str) -> None:
     """Prints a line of progress on standard error, above a progress bar; the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         with contextlib.suppress(OSError):  # nobody listens any more
-            tqdm.write(message, file=sys.stderr)
+            (tqdm.write if sys.stderr.isatty() else print)(message, file=sys.stderr)
 
 
 say_once = functools.cache(say)  # while the process lives
