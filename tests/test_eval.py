@@ -554,7 +554,7 @@ def test_any_name_of_a_folder_is_in_the_legend(tmp_path, monkeypatch, name):
 
 def test_no_dataset_is_no_dataset_to_evaluate_on(checkpoint, command):
     code, out, err = command("--checkpoint", checkpoint, "--data", "")
-    assert (code, out) == (2, "") and "--data: data.dataset must not be empty" in err
+    assert (code, out) == (2, "") and "--data: data.dataset = '' must be text that is not empty" in err
 
 
 def test_interactive_ends_where_there_is_no_standard_input(checkpoint, tmp_path):
@@ -630,14 +630,14 @@ def test_inspect_shows_the_loss_of_every_token(checkpoint, command, tmp_path, ca
     (["--temperature", "nan"], ["temperature", "nan"]),
     (["--temperature", "hot"], ["temperature", "hot"]), (["--temperature", "none"], ["temperature", "none"]),
     (["--temperature", "1e-30"], ["temperature"]),
-    (["--top_k", "0"], ["argument --top_k/--top-k: sampling.top_k = 0 must be at least 1"]),
+    (["--top_k", "0"], ["argument --top_k/--top-k: sampling.top_k = 0 must be a whole number of at least 1"]),
     (["--top-k", "2.5"], ["top_k", "2.5"]), (["--top_p", "0"], ["top_p", "0"]),
     (["--top_p", "1.1"], ["top_p", "1.1"]), (["--max_new_tokens", "0"], ["max_new_tokens", "0"]),
     (["--num_samples", "0"], ["num_samples", "0"]),
     (["--seed", "-1"], ["seed", "-1"]), (["--device", "tpu"], ["--device", "tpu", "cuda"]),
     (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]), (["--generate"], ["--generate"]),
     (["--inspect", ""], ["--inspect"]),
-    (["--nonsense"], ["--nonsense", "--help"]), (["--plot", "--json"], ["--plot", "--json"]),
+    (["--nonsense"], ["--nonsense"]), (["--plot", "--json"], ["--plot", "--json"]),
     (["--json", "--generate", "x"], ["--json", "--generate"]), (["--inspect", "x", "--plot"], ["--inspect"]),
     (["--data", "nowhere.txt"], ["--data", "nowhere.txt", "does not exist"]),
     (["--data", "sample", "--generate", "y"], ["--data", "--generate"]),
