@@ -8,7 +8,6 @@ There are three ways to change a setting; a later one wins over an earlier one:
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import difflib
@@ -51,7 +50,7 @@ class Section:
     """Settings as attributes. Reading or setting one that does not exist raises UnknownName."""
     __slots__ = ()
 
-    def __getattr__(self, name: str):  # of a name that does not exist
+    def __getattr__(self, name: str):  # called for names that do not exist
         section = type(self).__name__.removesuffix("Config").lower()
         look_up("setting", f"{section}.{name}".strip("."), _TYPES | _SECTIONS)
 
@@ -82,7 +81,7 @@ class DataConfig(Section):
     dataset: str = "auto"                   # auto, tinystories, sample, a file, a folder, a Hub name
     max_stories: int | None = 10_000        # training stories; none: all of them
     max_val_stories: int | None = 1_000     # validation stories; none: all of them
-    separator: str = "<|endoftext|>"        # at a line's end it ends a story of a text; \n is a new line
+    separator: str = "<|endoftext|>"        # between the stories of a text, at a line's end; \n: a new line
     data_dir: str = "data"                  # where the tokenized stories are kept
 
 
@@ -93,8 +92,8 @@ class TrainingConfig(Section):
     batch_size: int = 32                    # sequences per step, a step being one update of the weights
     micro_batch_size: int | None = None     # sequences at a time, to save memory; none: all of them
     max_steps: int = 100_000                # the run ends earlier when validation stops improving
-    max_minutes: float | None = None        # plan the end of the run to fit into this time
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: with adamw for embedding and norms
+    max_minutes: float | None = None        # plan the run to end within this time; none: no limit
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon leaves embedding and norms to adamw
     learning_rate: float = 5e-3             # the peak; for adamw 1e-3 is fast and 3e-4 safe
     warmup_steps: int = 50                  # steps of linear warm-up
     decay_fraction: float = 0.6             # the last part of the run, where the rate falls to zero
@@ -103,7 +102,7 @@ class TrainingConfig(Section):
     eval_interval: int | None = None        # steps between evaluations; none: an epoch, within 100 to 250
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
     checkpoint_interval: int | None = None  # steps between checkpoints; none: about a minute
-    early_stopping_evals: int | None = 5    # stop after so many evaluations without a better loss
+    early_stopping_evals: int | None = 5    # evaluations without a better loss that end the run; none: never
     seed: int = 1337                        # for initialisation, data order and dropout
     use_amp: bool = True                    # mixed precision, if the device is fast at it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
@@ -124,16 +123,17 @@ class SamplingConfig(Section):
 
 
 PRESETS = {
-    "quick": {  # a model that tells stories after five minutes on two CPU cores, with the bundled stories
-        "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 2048,
-        "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 768,
-        "model.max_seq_len": 256, "model.dropout": 0.2, "training.batch_size": 16,
-        "training.warmup_steps": 25, "training.max_minutes": 4.5, "sampling.top_k": 5,
+    "quick": {  # learns to tell stories in five minutes on two CPU cores, from the bundled ones
+        "data.dataset": "sample", "training.tokenizer_type": "bpe", "training.bpe_vocab_size": 1536,
+        "model.n_layers": 4, "model.d_model": 128, "model.n_heads": 4, "model.d_ff": 384,
+        "model.max_seq_len": 192, "model.dropout": 0.0, "model.copy_heads": 2,
+        "training.batch_size": 6, "training.weight_decay": 0.1, "training.warmup_steps": 25,
+        "training.max_minutes": 4.5, "training.eval_batches": 10,
+        "sampling.temperature": 0.5, "sampling.top_k": 5,
     },
     "laptop": {  # no GPU and only minutes, an epoch or two: half as deep
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.dropout": 0.0, "training.batch_size": 4,
-        "training.warmup_steps": 20, "training.max_minutes": 10.0,
-        "training.eval_interval": 100, "training.eval_batches": 8,
+        "training.warmup_steps": 20, "training.max_minutes": 10.0, "training.eval_batches": 8,
     },
     "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
     "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536},
@@ -186,11 +186,11 @@ _SECTIONS = Config.__annotations__
 _TYPES = {f"{section}.{name}": typing.get_args(kind) or (kind,)  # (int, NoneType), or the choices
           for section, cls in _SECTIONS.items() for name, kind in cls.__annotations__.items()}
 _ANY = sys.maxsize  # no upper limit
-_RANGES = {  # lowest and highest value; numbers not listed are at least 1, or above 0 if not whole
+_RANGES = {  # lowest, highest, and what else is allowed; others are at least 1, or above 0 if not whole
     "model.dropout": (0, 0.99), "model.copy_heads": (0, _ANY), "training.warmup_steps": (0, _ANY),
     "training.decay_fraction": (0, 1), "training.weight_decay": (0, 10),
     "training.bpe_vocab_size": (257, 65536), "training.seed": (0, _ANY), "sampling.seed": (0, _ANY),
-    "sampling.temperature": (0, 1000), "sampling.top_p": (1e-6, 1),
+    "sampling.temperature": (0.001, 1000, 0), "sampling.top_p": (1e-6, 1),
 }
 
 
@@ -206,10 +206,10 @@ def _problem(name: str, value) -> str | None:
     """Returns what is wrong with a setting's value, or None."""
     types = _TYPES[name]
     if types[0] in (int, float):
-        low, high = _RANGES.get(name, (1 if int in types else 1e-12, _ANY))
-        right = type(value) in (int, *types) and (value is None or low <= value <= high)
-        allowed = f"a {'whole ' * (int in types)}number " + (
-            f"of at least {low:g}" if high == _ANY else f"between {low:g} and {high:g}")
+        low, high, *others = _RANGES.get(name, (1 if int in types else 1e-12, _ANY))
+        right = type(value) in (int, *types) and (value in (None, *others) or low <= value <= high)
+        size = f"of at least {low:g}" if high == _ANY else f"between {low:g} and {high:g}"
+        allowed = " or ".join([f"a {'whole ' * (int in types)}number {size}", *map(str, others)])
     elif types[0] in (bool, str):
         right = type(value) in types and value != ""
         allowed = {bool: "true or false", str: "text that is not empty"}[types[0]]
@@ -220,11 +220,15 @@ def _problem(name: str, value) -> str | None:
 
 def _convert(text: str, types: tuple):
     """Converts text to one of the types. If that fails, returns it as it is, for `validate` to report."""
-    word = text.strip().capitalize()
-    if str not in types or word == "None" and NoneType in types:
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(word)  # None, True, 1e5
-            return int(value) if int in types and isinstance(value, float) and value.is_integer() else value
+    word = text.strip().lower()
+    if word == "none" and NoneType in types:
+        return None
+    if bool in types:
+        return {"true": True, "1": True, "false": False, "0": False}.get(word, text)
+    with contextlib.suppress(ValueError, TypeError):  # TypeError for choices, which are text
+        if int in types and "e" in word and float(word).is_integer():  # 1e5
+            return int(float(word))
+        return types[0](text)
     return text
 
 

@@ -46,7 +46,7 @@ VOCAB_LIMIT = 2**16  # token ids are uint16
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 HUB = {"auto": "roneneldan/TinyStories", "tinystories": "roneneldan/TinyStories"}
 LOOKALIKE = re.compile(  # what looks like a separator: a token, a line of dashes, three newlines
-    rb"(?im)<\|(?!start|begin|im_start)\w+\|>|</s>|<(?:eos|eot|end|sep)>|\[(?:eos|end|sep)\]"
+    rb"(?im)<\|(?!start|begin|bos|im_start)\w+\|>|</s>|<(?:eos|eot|end|sep)>|\[(?:eos|end|sep)\]"
     rb"|^(?:[-=*#_~][ \t]*){3,}\r?$|\n(?:[ \t\r]*\n){2,}")
 
 

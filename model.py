@@ -228,7 +228,7 @@ class Transformer(nn.Module):
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
     """Returns (B,) tokens drawn from logits (B, V); the likeliest ones at temperature 0."""
-    if temperature < 1e-3:
+    if temperature == 0:
         return logits.argmax(-1)
     weights, ids = candidates(logits, temperature, top_k, top_p)
     return ids.gather(-1, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)

@@ -88,7 +88,7 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["model.n_layers"], ["model.n_layers = '' must be a whole number"]),
     (["model.n_layers=three"], ["model.n_layers", "three", "whole number"]),
     (["model.n_layers=2.5"], ["model.n_layers", "2.5", "whole number"]),
-    (["model.n_layers=none"], ["model.n_layers", "None"]),
+    (["model.n_layers=none"], ["model.n_layers", "none"]),
     (["model.n_layers=true"], ["model.n_layers", "whole number"]),
     (["model.n_layers=0"], ["model.n_layers", "0", "at least 1"]),
     (["model.n_layers=-1"], ["model.n_layers", "-1"]),
@@ -115,7 +115,7 @@ def test_the_command_line_wins_over_the_preset_in_any_order():
     (["training.max_minutes=0"], ["training.max_minutes"]),
     (["training.checkpoint_dir="], ["training.checkpoint_dir", "empty"]),
     (["data.max_stories=0"], ["data.max_stories"]),
-    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "between 0 and 1000"]),
+    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "between 0.001 and 1000 or 0"]),
     (["sampling.top_p=1.1"], ["sampling.top_p", "1.1"]),
     (["sampling.temprature=1"], ["sampling.temprature", "did you mean 'sampling.temperature'"]),
 ])
