@@ -263,6 +263,24 @@ def test_the_plan_of_the_end_goes_on_after_a_stop_until_it_is_renewed(tmp_path, 
     assert run.code == 0 and 190 <= run.state.elapsed_seconds <= 210
 
 
+@pytest.mark.parametrize(("step_takes", "evaluation_takes", "least", "most"), [
+    (0.5, 0.1, 14, 16), (12.0, 2.0, 11, 16),  # a fast and a slow machine: ten points or more
+    (0.5, 30.0, 2, 4)])                       # a large evaluation: no more than a tenth of the time
+def test_a_run_with_max_minutes_has_a_curve_however_slow_the_machine_is(
+        tmp_path, clock, monkeypatch, step_takes, evaluation_takes, least, most):
+    def evaluate(model, tokens, eot_id):
+        clock.now += evaluation_takes
+        return np.ones(len(tokens), np.float32), None
+
+    clock.cost = lambda step: step_takes
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run = go(budget_config(tmp_path, 600, training__eval_interval=None, training__early_stopping_evals=None),
+             clock=clock)
+    lines = metrics(tmp_path)
+    assert run.code == 0 and least <= len(lines) <= most
+    assert evaluation_takes * len(lines) <= 0.1 * 600 + 2 * evaluation_takes
+
+
 def step_seconds(kind: str, seed: int) -> list[float]:
     """What a step takes in each tenth of a run, and beyond."""
     rng, found = random.Random(seed), [{"slower": 0.5, "faster": 4.0, "wandering": 2.0}[kind]]
