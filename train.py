@@ -369,21 +369,23 @@ class Run:
     """One training run: what it is made of, opened where the last checkpoint left it."""
 
     def __init__(self, config: Config, machine: Machine, fresh: bool = False):
-        self.machine, training = machine, config.training
+        training = config.training
         self.folder, self.log_dir = Path(training.checkpoint_dir), Path(training.log_dir)
         self.latest, self.best = self.folder / "latest.pt", self.folder / "best_model.pt"
+        checkpoint, path = (None, None) if fresh else find_checkpoint(self.folder)
+
+        # What the run is: its settings, its stories, and the checkpoint that it began from, if any.
+        source = self.origin = None
+        if training.init_from:
+            first = best_model(training.init_from)
+            source = checkpoint or load_checkpoint(first)
+            self.origin = file_hash(first) if first.is_file() else source["origin"]
+            config = begin_from(config, source)
+        self.config, self.machine = config, machine
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
         self.micro_batch_size = min(training.micro_batch_size or training.batch_size,
                                     training.batch_size // machine.world)
         self.budget = 60 * (training.max_minutes or math.inf)  # seconds
-        checkpoint, path = (None, None) if fresh else find_checkpoint(self.folder)
-        source, self.origin = None, None  # the checkpoint whose weights the run begins with, and its SHA-256
-        if training.init_from:
-            begun = best_model(training.init_from)
-            source = checkpoint or load_checkpoint(begun)
-            self.origin = file_hash(begun) if begun.is_file() else source["origin"]
-            config = begin_from(config, source)
-        self.config = config
         if checkpoint:
             check_unchanged(path, Config.of(checkpoint["config"]).flat(), config.flat())
         self.open_data(checkpoint, source and tokenizer_from_spec(source["tokenizer"]))
@@ -640,17 +642,22 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
     stop_early(run, val_loss)
 
 
+def signal_handler(signals: list[int]) -> Callable:
+    """Returns a handler that appends a signal to the list; a second signal stops the command at once."""
+    def on_signal(number, frame):
+        if signals[-1]:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    return on_signal
+
+
 def train(run: Run, clock: Callable = time.perf_counter, started: float | None = None) -> int:
     """The loop: a step; then, when due or last, evaluate and save. `clock` gives seconds, and gave `started`
     when the command began. Returns 0, or 128 + the signal that stopped the run.
     """
     state, signals, stop = run.state, [0], 0
     started = (clock() if started is None else started) - state.elapsed_seconds  # as if never interrupted
-
-    def on_signal(number, frame):
-        if signals[-1]:
-            raise KeyboardInterrupt  # a second one stops at once
-        signals.append(number)
 
     def now() -> list[float]:  # seconds, and the signal: the same in all processes, which so decide alike
         return from_all_processes(clock() - started, signals[-1]).amax(0).tolist()
@@ -661,7 +668,7 @@ def train(run: Run, clock: Callable = time.perf_counter, started: float | None =
                disable=run.machine.rank > 0 or not sys.stderr.isatty())
     loss_sum = torch.tensor(state.train_loss_sum, device=run.machine.device)
     first, paused_at, paused_step = state.step + 1, clock(), state.step
-    with bar, signals_handled(on_signal, "SIGINT", "SIGTERM", "SIGHUP"):
+    with bar, signals_handled(signal_handler(signals), "SIGINT", "SIGTERM", "SIGHUP"):
         if run.origin and not state.metrics:
             evaluate_run(run, math.nan, tokens_per_second=0)  # what the run begins with
         while state.step < state.end and not stop:

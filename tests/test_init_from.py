@@ -59,6 +59,7 @@ def test_model_tokenizer_and_weights_are_the_checkpoints_and_step_0_is_measured(
     assert [line["step"] for line in others] == [4, 8, 12] and others[-1]["val_loss"] < start["val_loss"]
     about = json.loads((tmp_path / "logs" / "run.json").read_text())
     latest = load_checkpoint(run.latest)
+    assert others[0]["tokens"] == 4 * 4 * 32  # steps, sequences, the checkpoint's context
     assert about["origin"] == latest["origin"] == run.origin and len(run.origin) == 64
     assert about["config"]["training"]["init_from"] == str(first / "checkpoints")
     model, _, _ = load_model(tmp_path / "checkpoints")
