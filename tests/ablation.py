@@ -112,6 +112,7 @@ VARIANTS = {  # name: (changes to the model, settings that differ from the lapto
     "GPT-2's block": (GPT2, {}),
     "weight decay 0.1": ((), {"training.weight_decay": 0.1}),
     "8 layers": ((), {"model.n_layers": 8}),
+    "no copy heads": ((), {"model.copy_heads": 0}),
     "5 Newton-Schulz iterations": ((), {"iterations": 5}),
     "AdamW 5e-4": ((), {"training.optimizer": "adamw", "training.learning_rate": 5e-4}),
     "AdamW 1e-3": ((), {"training.optimizer": "adamw", "training.learning_rate": 1e-3}),
