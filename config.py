@@ -133,8 +133,8 @@ PRESETS = {
     },
     "laptop": {  # no GPU and only minutes: a smaller model, and small steps, so that there are many
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 3,
-        "model.d_ff": 768, "model.max_seq_len": 256, "model.dropout": 0.0, "model.copy_heads": 2,
-        "training.batch_size": 4, "training.warmup_steps": 20, "training.max_minutes": 10.0,
+        "model.d_ff": 768, "model.max_seq_len": 384, "model.dropout": 0.0, "model.copy_heads": 2,
+        "training.batch_size": 3, "training.warmup_steps": 20, "training.max_minutes": 10.0,
         "training.eval_batches": 16,
     },
     "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
