@@ -129,7 +129,7 @@ PRESETS = {
         "model.max_seq_len": 192, "model.dropout": 0.0, "model.copy_heads": 2,
         "training.batch_size": 6, "training.weight_decay": 0.1, "training.warmup_steps": 25,
         "training.max_minutes": 4.5, "training.eval_batches": 10,
-        "sampling.temperature": 0.5, "sampling.top_k": 5,
+        "sampling.temperature": 1.0, "sampling.top_k": None, "sampling.top_p": 0.6,
     },
     "laptop": {  # no GPU and only minutes: a smaller model, and small steps, so that there are many
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 3,

@@ -69,6 +69,8 @@ def read_text(path: Path, separator: str, is_first: bool) -> Iterator[str]:
     pattern = re.escape(separator.encode()).replace(b"\\\n", rb"\r?\n[ \t]*")
     pattern += b"" if separator.endswith("\n") else rb"[ \t\r]*$\n?"
     start = 0
+    if not path.stat().st_size:
+        return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for match in re.finditer(b"(?m)" + pattern, text):
             yield text[start:match.start()].decode("utf-8-sig")
@@ -76,16 +78,17 @@ def read_text(path: Path, separator: str, is_first: bool) -> Iterator[str]:
         yield text[start:].decode("utf-8-sig")
         if is_first and start == 0 and (match := LOOKALIKE.search(text)):
             mark = match[0].strip().decode() or "\n\n\n"
+            advice = "put each on a line of its own" if mark == separator else f"use data.separator={mark!r}"
             say_once(f"WARNING: {path} is read as one story, since no line ends with data.separator="
-                     f"{separator!r}; if {mark!r} separates its stories, use data.separator={mark!r} (it "
-                     "counts only at the end of a line)")
+                     f"{separator!r}; if {mark!r} separates its stories, {advice} (it counts only at the end "
+                     "of a line)")
 
 
 def read_json(path: Path) -> Iterator:
-    """Yields the values in a JSON file, and the elements of its arrays. Reads it line by line, but at once if
-    the first line is not a whole value.
+    """Yields the values in a JSON file, or the elements if it is one array. Reads it line by line, but at
+    once if the first line is not a whole value.
     """
-    values = []
+    values, is_first = [], True
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file):
             try:
@@ -95,7 +98,8 @@ def read_json(path: Path) -> Iterator:
                 text = re.sub(r"\}(\s*\n\s*)\{", r"},\1{", text)  # objects one after another
                 values = json.loads(f"{number * chr(10)}[{text}]")  # so that an error names the line
             for value in values:
-                yield from value if isinstance(value, list) else [value]
+                yield from value if isinstance(value, list) and is_first else [value]
+                is_first = False
 
 
 def read_rows(path: Path, *how) -> Iterator:
@@ -161,7 +165,8 @@ def locate(name: str) -> dict[str, list[Path]] | None:
              and (p := path / name).suffix.lower() in SUFFIXES and p.is_file()]
     if files:
         kinds = [[p for p in files if p.suffix.lower() == kind] for kind in SUFFIXES]
-        most, largest = max(kinds, key=len), max(kinds, key=lambda kind: sum(p.stat().st_size for p in kind))
+        most = max(kinds, key=len)
+        largest = max(kinds, key=lambda kind: (sum(p.stat().st_size for p in kind), len(kind)))
         if len(largest) < len(most):
             raise UserError(f"most files in {path} are {most[0].suffix}, but most of their bytes are in "
                             f"{largest[0].suffix}; move what is no story elsewhere, or name a single file")

@@ -150,7 +150,8 @@ def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
     if config.data.dataset not in ("sample", *HUB):
         config.data.dataset = str(near(path, config.data.dataset))
     try:
-        _, *streams = prepare(config, checkpoint)
+        tokenizer = tokenizer_from_spec(checkpoint["tokenizer"]) if checkpoint.get("origin") else None
+        _, *streams = prepare(config, checkpoint, tokenizer)
     except UserError as error:
         raise UserError(f"the checkpoint's stories are missing: {error}; name others with --data") from error
     if [stream.info["sha256"] for stream in streams] != trained:
@@ -492,8 +493,13 @@ def draw_run(panels: dict, log_dir: Path, colour: str) -> None:
 
 
 def logs_of(path: Path) -> Path:
-    """Returns the log folder of the checkpoint at `path`."""
-    return near(path, load_checkpoint(path)["config"]["training"]["log_dir"])
+    """Returns the log folder of the checkpoint at `path`. Raises UserError if another run has used it since.
+    """
+    folder = near(path, load_checkpoint(path)["config"]["training"]["log_dir"])
+    owner = folder / ".owner"
+    if owner.exists() and (folder / owner.read_text().partition(" ")[2]).resolve() != path.parent.resolve():
+        raise UserError(f"another run has written to {folder} since: name a folder of logs, --plot LOGDIR")
+    return folder
 
 
 def plot_training(log_dirs: list[Path]) -> Path:

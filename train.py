@@ -38,7 +38,9 @@ from model import Transformer, evaluate, tell_story
 FIXED = ("model.", "data.max_", "training.tokenizer_type", "training.bpe_vocab_size",
          "training.batch_size", "training.seed", "training.optimizer", "training.eval_batches",
          "the sha256")  # another value makes it another run, or losses that cannot be compared
-FITTING = ("model.dropout", "model.max_seq_len", "model.copy_heads")  # of a model whose weights are there
+FITTING = ("model.dropout", "model.max_seq_len", "model.copy_heads")  # may differ from init_from's checkpoint
+CHECKPOINTS = ("latest.pt", "previous.pt", "best_model.pt")
+LOGS = ("metrics.jsonl", "run.json", "training_curves.png")
 FELL_BACK = "WARNING: this run is on the bundled sample stories, since TinyStories could not be reached"
 
 
@@ -264,8 +266,9 @@ def find_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
         except UserError as error:
             problems.append(str(error))
             continue
-        if problems:
-            say(f"WARNING: {problems[0]}; going on from {path}, step {checkpoint['step']:,}")
+        if path.name == "previous.pt":
+            problem = problems[0] if problems else f"{folder} has no latest.pt"
+            say(f"WARNING: {problem}; going on from {path}, step {checkpoint['step']:,}")
         return checkpoint, path
     if not problems and (folder / "best_model.pt").exists():
         problems.append(f"{folder} holds best_model.pt and no latest.pt")
@@ -319,26 +322,25 @@ def lock(folder: Path, run: str) -> tuple[contextlib.AbstractContextManager, boo
     owner = folder / ".owner"  # a file of its own: on Windows a locked one cannot be written
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        last = owner.read_text().partition(" ") if owner.exists() else ("?", "", "")
         held = filelock.FileLock(folder / ".lock", is_singleton=True).acquire(timeout=0)
-        last = owner.read_text().partition(" ")[2] if owner.exists() else run
         owner.write_text(f"{os.getpid()} {run}")
-        return held, last == run
+        return held, last[2] == run
     except filelock.Timeout:
-        raise UserError(f"process {owner.read_text().split()[0]} is training in {folder}; wait for it, stop "
-                        "it, or choose another training.checkpoint_dir and training.log_dir") from None
+        raise UserError(f"process {last[0]} is training in {folder}; wait for it, stop it, or choose another "
+                        "training.checkpoint_dir and training.log_dir") from None
     except OSError as error:
         raise write_error(folder, error) from error
 
 
-def move_aside(folder: Path) -> None:
-    """Moves another run's files into a folder old-DATE inside their own folder."""
-    names = ("metrics.jsonl", "run.json", "training_curves.png")
-    if files := [path for path in folder.iterdir() if path.suffix == ".pt" or path.name in names]:
+def move_aside(folder: Path, names: tuple[str, ...]) -> None:
+    """Moves the files of these names into a folder old-DATE inside their own folder."""
+    if files := [folder / name for name in names if (folder / name).exists()]:
         old = folder / f"old-{datetime.now():%Y%m%d-%H%M%S-%f}"
         old.mkdir()
         for file in files:
             file.rename(old / file.name)
-        say(f"another run's files are now in {old}")
+        say(f"the files of an earlier run are now in {old}")
 
 
 # ---------------------------------------------------------------- the run
@@ -378,8 +380,14 @@ class Run:
         source = self.origin = None
         if training.init_from:
             first = best_model(training.init_from)
+            if not checkpoint and self.folder.resolve() == first.parent.resolve():
+                raise UserError(f"training.init_from = {training.init_from!r} lies in the new run's folder: "
+                                "choose another training.checkpoint_dir and training.log_dir")
             source = checkpoint or load_checkpoint(first)
-            self.origin = file_hash(first) if first.is_file() else source["origin"]
+            if checkpoint and checkpoint["config"]["training"]["init_from"] == training.init_from:
+                self.origin = checkpoint["origin"]  # whatever has become of the file
+            else:
+                self.origin = file_hash(first) if first.is_file() else "missing"
             config = begin_from(config, source)
         self.config, self.machine = config, machine
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
@@ -443,22 +451,28 @@ class Run:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.state = state = State(**checkpoint["state"])
         training, saved = self.config.training, checkpoint["config"]["training"]
-        if any(saved[name] != getattr(training, name)
-               for name in ("max_steps", "max_minutes", "early_stopping_evals")):  # the end is planned anew
+        ends = ("max_steps", "max_minutes", "early_stopping_evals")
+        if any(saved[name] != getattr(training, name) for name in ends):  # the end is planned anew
             state.end, state.progress = training.max_steps, state.step / training.max_steps
+            state.evals_since_best = 0
 
     def claim_folders(self, path: Path | None) -> None:
         """Locks the run's folders, moves aside what another run left there, and removes half-written files.
         `path` is the checkpoint that the run goes on from; None if it is new.
         """
-        folders = {Path(os.path.realpath(folder)) for folder in (self.folder, self.log_dir)}
+        # The log folder comes last, and once: whose lines it holds is told by them, and by who wrote there.
+        folders = dict.fromkeys(Path(os.path.realpath(folder)) for folder in (self.folder, self.log_dir))
         with contextlib.ExitStack() as locks:
             for folder in folders:
-                held, is_ours = lock(folder, os.path.relpath(os.path.realpath(self.folder), folder))
+                held, is_last = lock(folder, os.path.relpath(os.path.realpath(self.folder), folder))
                 locks.enter_context(held)
-                if not (path and is_ours):
-                    move_aside(folder)
             self.locks = locks.pop_all()
+        if not path:
+            move_aside(self.folder, CHECKPOINTS)
+        log = self.log_dir / "metrics.jsonl"
+        lines, found = self.metrics_text(), log.read_bytes() if log.exists() else b""
+        if not path or not (lines.startswith(found) or is_last and found.startswith(lines)):
+            move_aside(self.log_dir, LOGS)
         if path == self.folder / "previous.pt" and self.latest.exists():
             self.latest.rename(self.latest.with_name(f"damaged-{datetime.now():%Y%m%d-%H%M%S}.pt"))
         for folder in {*folders, Path(self.config.data.data_dir)}:
@@ -504,7 +518,10 @@ class Run:
     def write_metrics(self) -> None:
         """Writes metrics.jsonl as a whole: nothing is ever appended to lines of another run."""
         with atomic_write(self.log_dir / "metrics.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in self.state.metrics).encode())
+            file.write(self.metrics_text())
+
+    def metrics_text(self) -> bytes:
+        return "".join(json.dumps(line) + "\n" for line in self.state.metrics).encode()
 
     def diverged(self) -> UserError:
         kept = f"{self.latest} is from before" if self.latest.exists() else "no checkpoint was written"
@@ -523,7 +540,7 @@ def end_at(run: Run, end: int, reason: str) -> None:
     """Lets the run end at step `end`, and the decay of the learning rate begin now if it has not begun."""
     state, training = run.state, run.config.training
     if state.end == training.max_steps != end:
-        say(f"{reason}: the learning rate now decays to zero, until step {end:,}")
+        say(f"{reason}: the learning rate now decays to zero, until about step {end:,}")
     state.end, state.progress = end, max(state.progress, 1 - training.decay_fraction)
 
 
@@ -623,7 +640,8 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
         state.best_loss, state.evals_since_best = val_loss, 0
         run.save(run.best)
     line = {"step": state.step, "train_loss": state.train_loss, "val_loss": val_loss,
-            "lr": run.optimizer.param_groups[0]["lr"], "val_perplexity": math.exp(min(val_loss, 700)),
+            "lr": run.optimizer.param_groups[0]["lr"] if state.step else None,
+            "val_perplexity": math.exp(min(val_loss, 700)),
             "val_bits_per_byte": val_loss * len(run.val_tokens) / math.log(2) / run.val_bytes,
             "tokens": state.step * run.tokens_per_step, "epoch": round(run.batches.epoch(state.step), 4),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,

@@ -367,7 +367,7 @@ def test_two_runs_that_share_a_log_folder_keep_their_lines_apart(tmp_path, capsy
     one.training.max_steps = 16
     capsys.readouterr()
     go(one)
-    assert capsys.readouterr().err.count("another run's files are now in") == 1
+    assert capsys.readouterr().err.count("the files of an earlier run are now in") == 1
     assert (tmp_path / "logs" / "metrics.jsonl").read_bytes().startswith(first)
     assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 12, 16]
     assert logs_of_others(tmp_path) == sorted([first, second])
@@ -383,6 +383,35 @@ def test_a_copied_checkpoint_folder_that_both_are_continued_from_cuts_nothing(ha
     go(config)
     assert logs_of_others(folder) == [first]
     assert [line["step"] for line in metrics(folder)] == [4, 8, 15, 16]
+
+
+@pytest.mark.parametrize("owner", ["missing", "empty", "ours"])
+def test_lines_that_are_not_the_runs_are_moved_aside_whoever_wrote_last(halfway, reference, owner):
+    folder, config = halfway
+    log, text = folder / "logs" / "metrics.jsonl", b'{"step": 5, "train_loss": 1.0, "val_loss": 2.0}\n'
+    log.write_bytes(text)
+    if owner != "ours":
+        for path in (folder / "logs" / ".owner", folder / "checkpoints" / ".owner"):
+            path.unlink() if owner == "missing" else path.write_text("")
+    assert go(config).code == 0
+    assert logs_of_others(folder) == [text]
+    assert differences(folder, reference) == [] and not list(folder.glob("checkpoints/old-*"))
+
+
+def test_a_log_folder_keeps_the_checkpoints_that_lie_there(tmp_path, reference):
+    shutil.copytree(reference / "checkpoints", tmp_path / "logs")
+    before = {p: content for p, content in snapshot(tmp_path / "logs").items() if p.suffix == ".pt"}
+    go(tiny_config(tmp_path))
+    after = snapshot(tmp_path / "logs")
+    assert all(after[p] == content for p, content in before.items())
+
+
+def test_previous_serves_with_a_warning_where_latest_is_gone(halfway, reference, capsys):
+    folder, config = halfway
+    (folder / "checkpoints" / "latest.pt").unlink()
+    assert go(config).code == 0
+    assert f"WARNING: {folder / 'checkpoints'} has no latest.pt; going on from" in capsys.readouterr().err
+    assert differences(folder, reference) == []
 
 
 def test_a_run_that_was_moved_with_its_logs_goes_on_in_them(halfway, reference):

@@ -283,7 +283,7 @@ def test_an_interrupted_build_leaves_the_old_streams_usable(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "cannot read .*empty file"), (b"\n<|endoftext|>\n \n", "no story"), (b"x", "at least two"),
+    (b"", "no story"), (b"\n<|endoftext|>\n \n", "no story"), (b"x", "at least two"),
     (b"Same.\n<|endoftext|>\nSame.", "at least two"), (b"\xff\xfe\x00bad", "convert it to UTF-8"),
 ])
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, message):

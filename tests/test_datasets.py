@@ -137,7 +137,7 @@ def test_a_checkpoint_without_its_stories_says_what_to_do(finished, tmp_path, mo
 @pytest.mark.parametrize("name", ["auto", "tinystories", "sample"])
 def test_a_folder_above_a_checkpoint_named_like_a_dataset_is_not_its_stories(tmp_path, monkeypatch, name):
     asked = []
-    monkeypatch.setattr(evaluation, "prepare", lambda config, _: asked.append(config.data.dataset) or [])
+    monkeypatch.setattr(evaluation, "prepare", lambda config, *_: asked.append(config.data.dataset) or [])
     (tmp_path / name).mkdir()
     checkpoint = {"config": dataclasses.asdict(char_config(tmp_path, name)),
                   "dataset": {split: {"sha256": "0"} for split in data.SPLITS}}
@@ -799,3 +799,23 @@ def test_a_signal_while_streams_are_written_leaves_no_half_file(tmp_path, monkey
     assert exit_code(pid, 10) == 128 + number
     assert not list((tmp_path / "data").glob("*.tmp"))
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["e.txt", "e.json", "e.jsonl"])
+def test_an_empty_file_is_one_sentence_and_in_a_folder_no_story(tmp_path, name):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).touch()
+    config = tiny_config(tmp_path)
+    config.data.dataset = str(tmp_path / "d" / name)
+    with pytest.raises(UserError, match="has no story for the|Expecting value|Invalid|is empty"):
+        prepare(config)
+    for i, story in enumerate(STORIES):
+        (tmp_path / "d" / f"s{i}.txt").write_text(story)
+    assert sum(map(len, split(tmp_path / "d"))) == len(STORIES)
+
+
+def test_rows_that_are_arrays_are_no_stories(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps([f"id-{i}", story]) + "\n" for i, story in enumerate(STORIES)))
+    with pytest.raises(UserError, match="where a text is wanted"):
+        split(path)

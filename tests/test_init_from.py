@@ -139,16 +139,48 @@ def test_what_is_no_checkpoint_is_one_sentence_and_nothing_is_written(tmp_path, 
     assert after == before
 
 
-def test_another_origin_is_another_run(tmp_path, first):
-    config = fine_tuning(tmp_path, first)
+def test_what_becomes_of_the_first_checkpoint_does_not_matter_and_another_one_is_another_run(
+        tmp_path, first, capsys):
+    go(fine_tuning(tmp_path / "whole", first))
+    config = fine_tuning(tmp_path / "run", first)
     stop_after(config, 5)
-    model = load_checkpoint(first / "checkpoints" / "best_model.pt")
-    train.save_checkpoint(first / "checkpoints" / "best_model.pt", {**model, "step": 7})
-    with pytest.raises(UserError, match=r"the sha256 of training.init_from was '\w+' and is '\w+'; undo"):
-        go(config)
+    best = first / "checkpoints" / "best_model.pt"
+    model = load_checkpoint(best)
+    for other in (tmp_path / "moved" / "best_model.pt", tmp_path / "other" / "best_model.pt"):
+        other.parent.mkdir()
+    best.rename(tmp_path / "moved" / "best_model.pt")
+    train.save_checkpoint(tmp_path / "other" / "best_model.pt", {**model, "step": 7})
+    for name in ("other", "nowhere"):
+        config.training.init_from = str(tmp_path / name)
+        with pytest.raises(UserError, match=r"the sha256 of training.init_from was '\w+' and is '\w+'; undo"):
+            go(config)
     config.training.init_from = None
     with pytest.raises(UserError, match=r"the sha256 of training.init_from was '\w+' and is None"):
         go(config)
+    config.training.init_from = str(tmp_path / "moved")
+    stop_after(config, 8)
+    train.save_checkpoint(tmp_path / "moved" / "best_model.pt", {**model, "step": 7})  # the base trains on
+    assert go(config).code == 0
+    found = differences(tmp_path / "run", tmp_path / "whole")
+    assert [name for name in found if "init_from" not in name] == []
+
+
+def test_a_run_without_init_from_does_not_go_on_with_it(tmp_path, first, halfway):
+    _, config = halfway
+    for name in (str(first / "checkpoints"), "nowhere.pt"):
+        config.training.init_from = name
+        with pytest.raises(UserError, match="the sha256 of training.init_from was None and is "):
+            go(config)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_base_in_the_new_runs_own_folder_is_refused_and_stays(tmp_path, first, fresh):
+    config = fine_tuning(tmp_path, first, training__checkpoint_dir=str(first / "checkpoints"))
+    (first / "checkpoints" / "best_model.pt").rename(first / "checkpoints" / "base.pt")
+    config.training.init_from = str(first / "checkpoints" / "base.pt")
+    with pytest.raises(UserError, match="lies in the new run's folder: choose another"):
+        go(config, fresh=fresh)
+    assert (first / "checkpoints" / "base.pt").exists()
 
 
 def test_the_streams_are_made_with_the_checkpoints_tokenizer(tmp_path, first):
