@@ -264,8 +264,8 @@ def test_the_plan_of_the_end_goes_on_after_a_stop_until_it_is_renewed(tmp_path, 
 
 
 @pytest.mark.parametrize(("step_takes", "evaluation_takes", "least", "most"), [
-    (0.5, 0.1, 14, 16), (12.0, 2.0, 11, 16),  # a fast and a slow machine: ten points or more
-    (0.5, 30.0, 2, 4)])                       # a large evaluation: no more than a tenth of the time
+    (4.0, 0.1, 14, 16), (12.0, 2.0, 11, 16),  # a fast and a slow machine: ten points or more
+    (4.0, 30.0, 2, 4)])                       # a large evaluation: no more than a tenth of the time
 def test_a_run_with_max_minutes_has_a_curve_however_slow_the_machine_is(
         tmp_path, clock, monkeypatch, step_takes, evaluation_takes, least, most):
     def evaluate(model, tokens, eot_id):
