@@ -99,10 +99,10 @@ class TrainingConfig(Section):
     decay_fraction: float = 0.6             # the last part of the run, where the rate falls to zero
     weight_decay: float = 1.0               # strong, because 10,000 stories are read many times
     grad_clip: float = 1.0                  # the largest gradient norm
-    eval_interval: int | None = None        # steps between evaluations; none: an epoch, within 100 to 250
+    eval_interval: int | None = None        # steps between evaluations; none: an epoch, 100 to 250, or by time
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
-    checkpoint_interval: int | None = None  # steps between checkpoints; none: about a minute
-    early_stopping_evals: int | None = 5    # evaluations without a better loss that end the run; none: never
+    checkpoint_interval: int | None = None  # steps between checkpoints; none: a minute, or less
+    early_stopping_evals: int | None = 5    # evaluations without a better loss that end it; none: never
     seed: int = 1337                        # for initialisation, data order and dropout
     use_amp: bool = True                    # mixed precision, if the device is fast at it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
@@ -129,7 +129,7 @@ PRESETS = {
         "model.max_seq_len": 192, "model.dropout": 0.0, "model.copy_heads": 2,
         "training.batch_size": 6, "training.weight_decay": 0.1, "training.warmup_steps": 25,
         "training.max_minutes": 4.5, "training.eval_batches": 10,
-        "sampling.temperature": 1.0, "sampling.top_k": None, "sampling.top_p": 0.6,
+        "sampling.temperature": 1.0, "sampling.top_k": None, "sampling.top_p": 0.6,  # friends' names vary
     },
     "laptop": {  # no GPU and only minutes: a smaller model, and small steps, so that there are many
         "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 3,
