@@ -99,7 +99,7 @@ class TrainingConfig(Section):
     decay_fraction: float = 0.6             # the last part of the run, where the rate falls to zero
     weight_decay: float = 1.0               # strong, because 10,000 stories are read many times
     grad_clip: float = 1.0                  # the largest gradient norm
-    eval_interval: int | None = None        # steps between evaluations; none: an epoch, 100 to 250, or by time
+    eval_interval: int | None = None        # steps between evaluations; none: 100 to 250, or by time
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
     checkpoint_interval: int | None = None  # steps between checkpoints; none: a minute, or less
     early_stopping_evals: int | None = 5    # evaluations without a better loss that end it; none: never

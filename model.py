@@ -120,11 +120,11 @@ class Transformer(nn.Module):
         """Sets every parameter: matrices normal with deviation 0.02, those that write to the residual stream
         divided by sqrt(2 n_layers) (Radford et al. 2019), norms one. Uses torch's global random state.
 
-        With `copy_heads`, that many heads of the last block begin by copying: their output is the transpose of
-        their value rows, which are orthogonal, so that what they attend to is added as it came in, and the
-        output matrix, the embedding, reads it as "this token again". By itself a small model learns to look
-        back only after thousands of steps. The embedding begins larger, so that the blocks before do not
-        drown which token it was.
+        With `copy_heads`, that many heads of the last block begin by copying: their output columns are the
+        transpose of their value rows, which are orthogonal, so that they add what they attend to as it came
+        in, and the output matrix, the embedding, reads it as "this token again". By itself a small model
+        learns to look back only after thousands of steps. The embedding begins larger, so that the blocks
+        before do not drown which token it was.
         """
         initialised = set()
         for module in self.modules():
