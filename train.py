@@ -297,6 +297,20 @@ def identity(dataset: dict, origin: str | None) -> dict:
             **{f"the sha256 of the {split} stories": info["sha256"] for split, info in dataset.items()}}
 
 
+def open_origin(folder: Path, init_from: str, checkpoint: dict | None) -> tuple[dict, str]:
+    """Returns the checkpoint whose model and tokenizer the run in `folder` has, its own if there is one, and
+    the SHA-256 of the one that it began from. Raises UserError.
+    """
+    first = best_model(init_from)
+    if not checkpoint and folder.resolve() == first.parent.resolve():
+        raise UserError(f"training.init_from = {init_from!r} lies in the new run's folder: choose another "
+                        "training.checkpoint_dir and training.log_dir")
+    source = checkpoint or load_checkpoint(first)
+    if checkpoint and checkpoint["config"]["training"]["init_from"] == init_from:
+        return source, checkpoint["origin"]  # whatever has become of the file
+    return source, file_hash(first) if first.is_file() else "missing"
+
+
 def begin_from(config: Config, source: dict) -> Config:
     """Returns `config` with the model and the tokenizer of the checkpoint `source`. What FITTING names may be
     another one; any other setting that is neither the default nor that of the checkpoint is a UserError.
@@ -379,15 +393,7 @@ class Run:
         # What the run is: its settings, its stories, and the checkpoint that it began from, if any.
         source = self.origin = None
         if training.init_from:
-            first = best_model(training.init_from)
-            if not checkpoint and self.folder.resolve() == first.parent.resolve():
-                raise UserError(f"training.init_from = {training.init_from!r} lies in the new run's folder: "
-                                "choose another training.checkpoint_dir and training.log_dir")
-            source = checkpoint or load_checkpoint(first)
-            if checkpoint and checkpoint["config"]["training"]["init_from"] == training.init_from:
-                self.origin = checkpoint["origin"]  # whatever has become of the file
-            else:
-                self.origin = file_hash(first) if first.is_file() else "missing"
+            source, self.origin = open_origin(self.folder, training.init_from, checkpoint)
             config = begin_from(config, source)
         self.config, self.machine = config, machine
         self.tokens_per_step = training.batch_size * config.model.max_seq_len
