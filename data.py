@@ -471,12 +471,14 @@ def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> t
 
     `auto` means what it meant when the checkpoint's run began. Without a checkpoint it is TinyStories. If
     that cannot be reached, it is the bundled stories, with a warning, and with the bpe tokenizer if GPT-2's
-    cannot be had either. The streams' `info` says what was used. A `tokenizer` that is given
-    is used as it is. Raises UserError.
+    cannot be had either. The streams' `info` says what was used. A `tokenizer` that is given is used as it
+    is. Raises UserError.
     """
     dataset, kind = config.data.dataset, config.training.tokenizer_type
     if checkpoint:
         trained = checkpoint["dataset"]["train"]["dataset"]
+        if checkpoint.get("origin"):  # the run began from another's weights, and has its tokenizer
+            tokenizer = tokenizer_from_spec(checkpoint["tokenizer"])
         if dataset == "auto":
             dataset, kind = trained, checkpoint["tokenizer"]["type"]
         if Path(dataset).name == Path(trained).name and not os.path.lexists(dataset):  # or on the Hub

@@ -150,8 +150,7 @@ def open_streams(checkpoint: dict, path: str | Path) -> tuple[Stream, Stream]:
     if config.data.dataset not in ("sample", *HUB):
         config.data.dataset = str(near(path, config.data.dataset))
     try:
-        tokenizer = tokenizer_from_spec(checkpoint["tokenizer"]) if checkpoint.get("origin") else None
-        _, *streams = prepare(config, checkpoint, tokenizer)
+        _, *streams = prepare(config, checkpoint)
     except UserError as error:
         raise UserError(f"the checkpoint's stories are missing: {error}; name others with --data") from error
     if [stream.info["sha256"] for stream in streams] != trained:

@@ -1,6 +1,7 @@
 """A run that begins with another checkpoint's weights: what it takes over, refuses, and how it resumes."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from kill_harness import kill_at
 import train
 from config import UserError
 from data import load_checkpoint
-from eval import load_model
+from eval import load_model, open_streams
 from model import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -181,6 +182,13 @@ def test_a_base_in_the_new_runs_own_folder_is_refused_and_stays(tmp_path, first,
     with pytest.raises(UserError, match="lies in the new run's folder: choose another"):
         go(config, fresh=fresh)
     assert (first / "checkpoints" / "base.pt").exists()
+
+
+def test_eval_prepares_the_stories_again_with_the_same_tokenizer(tmp_path, first):
+    run = go(fine_tuning(tmp_path, first))
+    shutil.rmtree(tmp_path / "data")
+    _, validation = open_streams(load_checkpoint(run.best), run.best)
+    assert validation.info["sha256"] == run.dataset["validation"]["sha256"]
 
 
 def test_the_streams_are_made_with_the_checkpoints_tokenizer(tmp_path, first):
