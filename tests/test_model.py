@@ -14,7 +14,7 @@ import model as model_module
 import train
 from config import ModelConfig, TrainingConfig
 from model import (
-    COPY_EMBEDDING_STD, COPY_GAIN, Dropout, RMSNorm, Transformer, candidates, causal_attention, next_logits,
+    COPY_EMBEDDING_STD, COPY_GAIN, RMSNorm, Transformer, candidates, causal_attention, next_logits,
     sample)
 from train import Objective
 
@@ -100,16 +100,6 @@ def test_attention_in_blocks_is_causal_attention(length):
     ours, theirs = (torch.autograd.grad((o * o.detach()).sum(), (q, k, v)) for o in (ours, theirs))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=0.05, atol=0.1)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(p):
-    torch.manual_seed(0)
-    y = Dropout(p)(torch.ones(333, 1001))
-    assert abs((y == 0).float().mean() - p) < 0.005 and abs(y.mean() - 1) < 0.005
-    rows, columns = (y == 0).float().mean(1), (y == 0).float().mean(0)
-    assert rows.std() < 1.2 * math.sqrt(p * (1 - p) / 1001)
-    assert columns.std() < 1.2 * math.sqrt(p * (1 - p) / 333)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
