@@ -317,7 +317,7 @@ def run_main(main: Callable) -> None:
 
 
 def explain(kind, error, trace) -> None:
-    """Prints an exception that nothing caught. One in the lines below, which run on import and so before
+    """Prints an exception that nothing caught. One in the last lines of this file, which run on import, before
     `run_main`, is a user's mistake: one sentence and exit code 2.
     """
     for frame in traceback.extract_tb(trace):

@@ -654,8 +654,8 @@ def gguf(config: dict, tokenizer, weights: dict[str, np.ndarray]) -> bytes:
 
 def export(model: Transformer, tokenizer, sampling: SamplingConfig, target: str) -> str:
     """Writes a file for llama.cpp if `target` ends in .gguf, else a folder for transformers. Returns the
-    lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError if it exists, cannot
-    be written or cannot hold the tokenizer.
+    lines that use it, with temperature, top_k and top_p of `sampling`. Raises UserError if `target`
+    exists, cannot be written or cannot hold the tokenizer.
     """
     path = Path(target)
     is_file = path.suffix == ".gguf"

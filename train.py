@@ -247,8 +247,8 @@ def average_weights(average: nn.Module, model: nn.Module, step: int) -> None:
     the last 50, or the last tenth of them (Polyak and Juditsky 1992; Morales-Brotons et al. 2024,
     arXiv:2411.18704).
 
-    The averaged model is the one that is evaluated and kept. At any time it has about half of what a decayed
-    learning rate would give, so that the best of a run that overfits before its rate decays is not lost.
+    The averaged model is the one that is evaluated and kept. It always has about half of the gain that a decay
+    of the learning rate would bring, so a run that overfits before its decay still keeps a good model.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), max(1 / 50, 10 / (step + 10)))
 
@@ -312,8 +312,8 @@ def open_origin(folder: Path, init_from: str, checkpoint: dict | None) -> tuple[
 
 
 def begin_from(config: Config, source: dict) -> Config:
-    """Returns `config` with the model and the tokenizer of the checkpoint `source`. What FITTING names may be
-    another one; any other setting that is neither the default nor that of the checkpoint is a UserError.
+    """Returns `config` with the model and the tokenizer of the checkpoint `source`. Settings in FITTING
+    may differ; any other that is neither the default nor that of the checkpoint is a UserError.
     """
     config, default, theirs = copy.deepcopy(config), Config().flat(), Config.of(source["config"]).flat()
     theirs["training.tokenizer_type"] = source["tokenizer"]["type"]
@@ -490,7 +490,8 @@ class Run:
         self.write_metrics()
 
     def evaluation_is_due(self) -> bool:
-        """By steps; by time where only max_minutes is given: 15 times in a run, at most a tenth of its time.
+        """Every `eval_interval` steps. With max_minutes and no interval given: up to 15 times in a run, in at
+        most a tenth of its time.
         """
         state, training = self.state, self.config.training
         if training.eval_interval or not training.max_minutes:
@@ -551,8 +552,8 @@ def end_at(run: Run, end: int, reason: str) -> None:
 
 
 def stop_early(run: Run, val_loss: float) -> None:
-    """After too many evaluations without a better loss, begins the decay, as if the run had been planned so;
-    ends the run if that happens in the decay, or if it overfits by more than a decay would give back.
+    """After too many evaluations without a better loss, begins the decay. Ends the run if the decay has begun
+    already, or if the loss is 2 % above the best, which is more than a decay would give back.
     """
     state, training = run.state, run.config.training
     if state.evals_since_best < (training.early_stopping_evals or math.inf) or state.step == state.end:
@@ -568,7 +569,7 @@ def stop_early(run: Run, val_loss: float) -> None:
 
 def end_in_time(run: Run) -> None:
     """Re-plans the last step from max_minutes, once only the decay's share of the time is left: as many more
-    steps as fit into the time, at the speed since the last checkpoint and, half as much, before.
+    steps as fit into the time, at the mean of the speed since the last checkpoint and the estimate before.
     """
     state, training, (seconds, step) = run.state, run.config.training, run.saved
     if state.step == step:
@@ -677,8 +678,8 @@ def signal_handler(signals: list[int]) -> Callable:
 
 
 def train(run: Run, clock: Callable = time.perf_counter, started: float | None = None) -> int:
-    """The loop: a step; then, when due or last, evaluate and save. `clock` gives seconds, and gave `started`
-    when the command began. Returns 0, or 128 + the signal that stopped the run.
+    """The loop: a step; then, when due or last, evaluate and save. `clock()` is the time in seconds, `started`
+    what it was when the command began. Returns 0, or 128 + the signal that stopped the run.
     """
     state, signals, stop = run.state, [0], 0
     started = (clock() if started is None else started) - state.elapsed_seconds  # as if never interrupted
@@ -707,7 +708,7 @@ def train(run: Run, clock: Callable = time.perf_counter, started: float | None =
             if not (saving or evaluating or showing):
                 continue
 
-            # Only here do we wait for the device. Time from here to the end of the loop is not counted.
+            # Only here do we wait for the device. What follows does not count in tokens per second.
             state.train_loss_sum = loss_sum.item()
             if not math.isfinite(state.train_loss_sum):
                 raise run.diverged()
