@@ -317,8 +317,8 @@ def run_main(main: Callable) -> None:
 
 
 def explain(kind, error, trace) -> None:
-    """Prints an exception that nothing caught. One in the last lines of this file, which run on import, before
-    `run_main`, is a user's mistake: one sentence and exit code 2.
+    """Prints an exception that nothing caught. One in the last lines of this file, which run on import,
+    before `run_main`, is a user's mistake: one sentence and exit code 2.
     """
     for frame in traceback.extract_tb(trace):
         if (frame.filename, frame.name) == (__file__, "<module>"):

@@ -247,8 +247,8 @@ def average_weights(average: nn.Module, model: nn.Module, step: int) -> None:
     the last 50, or the last tenth of them (Polyak and Juditsky 1992; Morales-Brotons et al. 2024,
     arXiv:2411.18704).
 
-    The averaged model is the one that is evaluated and kept. It always has about half of the gain that a decay
-    of the learning rate would bring, so a run that overfits before its decay still keeps a good model.
+    The averaged model is the one that is evaluated and kept. It always has about half of the gain that a
+    decay of the learning rate would bring, so a run that overfits before its decay still keeps a good model.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), max(1 / 50, 10 / (step + 10)))
 
@@ -678,8 +678,8 @@ def signal_handler(signals: list[int]) -> Callable:
 
 
 def train(run: Run, clock: Callable = time.perf_counter, started: float | None = None) -> int:
-    """The loop: a step; then, when due or last, evaluate and save. `clock()` is the time in seconds, `started`
-    what it was when the command began. Returns 0, or 128 + the signal that stopped the run.
+    """The loop: a step; then, when due or last, evaluate and save. `clock()` is the time in seconds,
+    `started` what it was when the command began. Returns 0, or 128 + the signal that stopped the run.
     """
     state, signals, stop = run.state, [0], 0
     started = (clock() if started is None else started) - state.elapsed_seconds  # as if never interrupted
