@@ -72,10 +72,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple:
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def token_losses(model: Transformer, tokens: np.ndarray, eot_id: int, title: str) -> tuple:
-    """`evaluate` with a progress bar."""
-    return evaluate(model, tokens, eot_id,
-                    lambda batches: progress(batches, len(batches), f"{title}, in batches"))
+def shown(batches: range) -> Iterable[int]:
+    """Shows the progress of `evaluate`."""
+    return progress(batches, len(batches), "evaluating")
 
 
 # ---------------------------------------------------------------- telling stories
@@ -194,7 +193,7 @@ def loss_figures(model: Transformer, tokenizer, stream: Stream) -> dict:
     loss_by_position: the loss by the number of tokens in the context, which restarts after max_seq_len.
     """
     tokens, eot_id = stream.tokens, tokenizer.eot_id
-    losses, hits = token_losses(model, tokens, eot_id, "loss")
+    losses, hits = evaluate(model, tokens, eot_id, shown)
     losses = losses.astype(np.float64)
     loss = losses.mean()
 
@@ -373,7 +372,7 @@ def probe_figures(model: Transformer, tokenizer, groups: dict[str, list[dict]]) 
              for items in groups.values() for item in items for ending in (item["right"], *item["wrong"])]
     # Each ending makes a story of its own: prompt, ending, end-of-text.
     rows = [[*prompt, *encode(ending), eot_id] for prompt, ending in pairs]
-    losses, _ = token_losses(model, np.concatenate(rows), eot_id, "probes")
+    losses, _ = evaluate(model, np.concatenate(rows), eot_id, shown)
     losses = np.split(losses, np.cumsum([len(row) for row in rows]))  # and an empty rest
     scores = (-row[len(prompt):-1].sum(dtype=np.float64) / len(ending.encode())
               for row, (prompt, ending) in zip(losses, pairs))
@@ -437,7 +436,7 @@ def inspect(model: Transformer, tokenizer, text: str) -> None:
         raise UserError("--inspect needs a text that is not empty")
     warn_of_unknown(tokenizer, text)
     tokens = np.array(tokenizer.encode(text))
-    losses, _ = token_losses(model, tokens, tokenizer.eot_id, "loss")
+    losses, _ = evaluate(model, tokens, tokenizer.eot_id, shown)
 
     # Tokens that share a character are shown as one piece.
     decode, pieces, held = tokenizer.decoder(), [], 0.0
