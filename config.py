@@ -132,10 +132,10 @@ PRESETS = {
         "sampling.temperature": 1.0, "sampling.top_k": None, "sampling.top_p": 0.6,  # friends' names vary
     },
     "laptop": {  # no GPU and only minutes: a smaller model, and small steps, so that there are many
-        "training.tokenizer_type": "bpe", "model.n_layers": 4, "model.d_model": 192, "model.n_heads": 3,
-        "model.d_ff": 768, "model.max_seq_len": 384, "model.dropout": 0.0, "model.copy_heads": 2,
-        "training.batch_size": 3, "training.warmup_steps": 20, "training.max_minutes": 10.0,
-        "training.eval_batches": 16,
+        "training.tokenizer_type": "bpe", "model.n_layers": 3, "model.d_model": 192, "model.n_heads": 3,
+        "model.d_ff": 512, "model.max_seq_len": 384, "model.dropout": 0.0, "model.copy_heads": 3,
+        "training.batch_size": 3, "training.weight_decay": 0.3, "training.warmup_steps": 20,
+        "training.max_minutes": 10.0, "training.eval_batches": 16,
     },
     "small": {"model.n_layers": 6, "model.d_model": 192, "model.n_heads": 6, "model.d_ff": 768},
     "large": {"model.n_layers": 12, "model.d_model": 384, "model.n_heads": 12, "model.d_ff": 1536},
