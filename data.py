@@ -569,25 +569,22 @@ class Batches:
         return np.stack([self._window(*divmod(i, n)) for i in range(first, first + self.batch_size)])
 
     def _window(self, epoch: int, i: int) -> np.ndarray:
-        parts, begins, sources = self._ring(epoch)
-        start, end = parts[i]
-        story_begin = begins[np.searchsorted(begins, start)]
-        first = story_begin if story_begin < end else start
-        ring = (first - 1 + np.arange(self.seq_len + 1)) % len(self.tokens)
-        story = np.searchsorted(begins, ring, side="right") - 1
-        return sources[story] + ring - begins[story]
+        firsts, begins, shifts = self._ring(epoch)
+        ring = (firsts[i] - 1 + np.arange(self.seq_len + 1)) % len(self.tokens)
+        return ring + shifts[np.searchsorted(begins, ring, side="right") - 1]
 
     def _ring(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns an epoch's parts (start, end) in their order, where the stories begin on the ring, twice
-        round, and where each of them begins in the stream.
+        """Returns where an epoch's windows begin on the ring, in their order; where the stories begin on it;
+        and how much further on each of these lies in the stream.
         """
         rng = np.random.default_rng([self.seed, epoch])
         n_tokens, n = len(self.tokens), self.windows_per_epoch
         sources, ends = rng.permutation(self.stories).T
         begins = np.cumsum(ends - sources) - (ends - sources)
-        bounds = rng.integers(n_tokens) + np.arange(n + 1) * n_tokens // n
-        parts = np.stack((bounds[:-1], bounds[1:]), axis=1)
-        return rng.permutation(parts), np.concatenate((begins, begins + n_tokens, [2 * n_tokens])), sources
+        bounds = rng.integers(n_tokens) + np.arange(n + 1) * n_tokens // n  # of the parts
+        twice_round = np.concatenate((begins, begins + n_tokens, [2 * n_tokens]))
+        story = twice_round[np.searchsorted(twice_round, bounds[:-1])]  # the next to begin
+        return rng.permutation(np.where(story < bounds[1:], story, bounds[:-1])), begins, sources - begins
 
 
 # ---------------------------------------------------------------- files
