@@ -73,7 +73,7 @@ class ModelConfig(Section):
     d_ff: int = 1024                        # width of the feed-forward (SwiGLU) layer
     max_seq_len: int = 512                  # context length in tokens
     dropout: float = 0.1                    # on the embedding and the two residual branches
-    copy_heads: int = 0                     # heads of the last block that begin by copying from the context
+    copy_heads: int = 0                     # heads of the last block, at most all, that begin by copying
 
 
 @dataclass(slots=True)

@@ -479,7 +479,7 @@ def prepare(config: Config, checkpoint: dict | None = None, tokenizer=None) -> t
         trained = checkpoint["dataset"]["train"]["dataset"]
         if checkpoint.get("origin"):  # the run began from another's weights, and has its tokenizer
             tokenizer = tokenizer_from_spec(checkpoint["tokenizer"])
-        if dataset == "auto":
+        if dataset == checkpoint["config"]["data"]["dataset"] == "auto":
             dataset, kind = trained, checkpoint["tokenizer"]["type"]
         if Path(dataset).name == Path(trained).name and not os.path.lexists(dataset):  # or on the Hub
             if found := find_streams(Path(config.data.data_dir), content(checkpoint["dataset"])):

@@ -51,8 +51,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     try:
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError) as error:  # no such device, no driver for it, no kernels for it
         raise UserError(f"training.device = {name!r}: torch {torch.__version__} cannot compute on it "
@@ -459,7 +459,8 @@ class Run:
         training, saved = self.config.training, checkpoint["config"]["training"]
         ends = ("max_steps", "max_minutes", "early_stopping_evals")
         if any(saved[name] != getattr(training, name) for name in ends):  # the end is planned anew
-            state.end, state.progress = training.max_steps, state.step / training.max_steps
+            done = max(state.step / training.max_steps, state.elapsed_seconds / self.budget)
+            state.end, state.progress = training.max_steps, min(1.0, done)
             state.evals_since_best = 0
 
     def claim_folders(self, path: Path | None) -> None:
@@ -799,7 +800,8 @@ def main() -> int:
     with run.locks:
         describe(run)
         if run.state.step:
-            say(f"going on from step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
+            begin = "going on from" if run.state.step < run.state.end else "this run is complete at"
+            say(f"{begin} step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
         code = train(run, started=started)
     if code == 0 and run.machine.rank == 0:
         close(run)

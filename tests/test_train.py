@@ -211,6 +211,15 @@ def test_max_minutes_is_used_up_although_the_first_steps_were_slow(tmp_path, clo
     assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(80, 0), (100, 0.05), (105, 0.15), (400, 1)])
+def test_another_max_minutes_goes_on_at_the_rate_of_the_time_that_is_left(tmp_path, clock, seconds, most):
+    go(clock=clock, config=budget_config(tmp_path, 98))
+    before = len(metrics(tmp_path))
+    assert go(clock=clock, config=budget_config(tmp_path, seconds)).code == 0
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert len(rates) > before and max(rates[before:]) <= most * max(rates) and rates[-1] < 0.04 * max(rates)
+
+
 @pytest.mark.parametrize("interval", [3, 7, None])
 def test_a_run_with_max_minutes_killed_after_a_checkpoint_is_the_undisturbed_run(
         tmp_path, clock, monkeypatch, interval):
