@@ -87,7 +87,7 @@ def test_a_real_kernel_runs_the_scripts_again_and_again(tmp_path):
         train_it = f'%run "{ROOT}/train.py" ' + " ".join(command_line(tiny_config(tmp_path)))
         told = cell(train_it), cell(train_it)
         assert all("best validation loss" in text and "SystemExit" not in text for text in told), told
-        assert "going on from step 24" in told[1] and len(metrics(tmp_path)) == 6
+        assert "this run is complete at step 24" in told[1] and len(metrics(tmp_path)) == 6
         assert "Emma went" in cell(f'%run "{ROOT}/eval.py" --checkpoint checkpoints --generate "Emma went"')
         assert "error: there is no setting 'model.n_layer'" in cell(f'%run "{ROOT}/train.py" model.n_layer=3')
         cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")

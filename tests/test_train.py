@@ -211,13 +211,13 @@ def test_max_minutes_is_used_up_although_the_first_steps_were_slow(tmp_path, clo
     assert rates[52] == max(rates.values()) > 50 * rates[run.state.step] > 0
 
 
-@pytest.mark.parametrize(("seconds", "most"), [(80, 0), (100, 0.05), (105, 0.15), (400, 1)])
+@pytest.mark.parametrize(("seconds", "most"), [(30, 0), (43, 0.25), (160, 1)])
 def test_another_max_minutes_goes_on_at_the_rate_of_the_time_that_is_left(tmp_path, clock, seconds, most):
-    go(clock=clock, config=budget_config(tmp_path, 98))
+    go(clock=clock, config=budget_config(tmp_path, 40))
     before = len(metrics(tmp_path))
     assert go(clock=clock, config=budget_config(tmp_path, seconds)).code == 0
     rates = [line["lr"] for line in metrics(tmp_path)]
-    assert len(rates) > before and max(rates[before:]) <= most * max(rates) and rates[-1] < 0.04 * max(rates)
+    assert len(rates) > before and max(rates[before:]) <= most * max(rates) and rates[-1] < 0.15 * max(rates)
 
 
 @pytest.mark.parametrize("interval", [3, 7, None])
