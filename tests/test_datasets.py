@@ -149,16 +149,15 @@ def test_a_folder_above_a_checkpoint_named_like_a_dataset_is_not_its_stories(tmp
 
 def test_auto_is_not_the_file_that_another_command_had_named(tmp_path, monkeypatch):
     config = char_config(tmp_path, write_stories(tmp_path / "s.txt", STORIES))
-    named = {"train": prepare(config)[1].info}
+    path, named = config.data.dataset, {"train": prepare(config)[1].info}
     others = write_stories(tmp_path / "sample.txt", [f"{story} Yes." for story in STORIES])
     monkeypatch.setattr(data, "SAMPLE", others)
     monkeypatch.setattr(data, "open_hub", mock.Mock(side_effect=data.DatasetUnavailable("no network")))
-    for earlier, now in ((config.data.dataset, "sample"), ("auto", config.data.dataset)):
+    config.data.dataset = "auto"
+    for earlier, now in ((path, "sample"), ("auto", path)):
         checkpoint = {"config": {"data": {"dataset": earlier}}, "dataset": named,
                       "tokenizer": {"type": "char"}}
-        config.data.dataset = "auto"
         assert prepare(config, checkpoint)[1].info["dataset"] == now
-        config.data.dataset = str(tmp_path / "s.txt")
 
 
 # ---------------------------------------------------------------- streams are kept and shared

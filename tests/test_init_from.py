@@ -141,7 +141,7 @@ def test_what_is_no_checkpoint_is_one_sentence_and_nothing_is_written(tmp_path, 
 
 
 def test_what_becomes_of_the_first_checkpoint_does_not_matter_and_another_one_is_another_run(
-        tmp_path, first, capsys):
+        tmp_path, first):
     go(fine_tuning(tmp_path / "whole", first))
     config = fine_tuning(tmp_path / "run", first)
     stop_after(config, 5)
