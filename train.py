@@ -616,8 +616,8 @@ def next_step(run: Run) -> tuple[Tensor, Tensor]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is what is missing, as torch, cuBLAS, a driver or the compiler put it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "ALLOC_FAILED", "OutOfMemoryError"))
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in (
+        "out of memory", "ALLOC_FAILED", "OutOfMemoryError", "DefaultCPUAllocator"))
 
 
 def halve_micro_batch(run: Run) -> None:

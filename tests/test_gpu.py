@@ -71,6 +71,7 @@ def test_a_mistake_that_is_not_the_compilers_is_raised_again(tmp_path, monkeypat
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
     torch._dynamo.exc.InternalTorchDynamoError("backend='inductor' raised: OutOfMemoryError: Tried"),
 ], ids=lambda error: f"{type(error).__name__}, {str(error)[:12]}")
 def test_memory_that_runs_out_halves_before_compiling_is_given_up(tmp_path, monkeypatch, error, capsys):
