@@ -547,13 +547,10 @@ class Batches:
             raise UserError(f"the training stories have {n_tokens:,} tokens, fewer than one window of "
                             f"model.max_seq_len = {seq_len:,}; use more stories or a shorter context")
         self.windows_per_epoch = -(-n_tokens // seq_len)
+        self.steps_per_epoch = self.windows_per_epoch / self.batch_size
         ends = np.flatnonzero(self.tokens[:-1] == self.eot_id) + 1
         self.stories = np.stack((np.append(0, ends), np.append(ends, n_tokens)), axis=1)  # (start, end)
         self._ring = functools.lru_cache(2)(self._ring)
-
-    def epoch(self, step: int) -> float:
-        """Returns the number of passes over the data before step `step`."""
-        return step * self.batch_size / self.windows_per_epoch
 
     def at(self, step: int) -> tuple:
         """Returns tokens and targets (B, T) int64, on the device, of step `step`: this process's part."""

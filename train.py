@@ -178,14 +178,21 @@ def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype) -> Tens
     return x.mT if tall else x
 
 
-def make_optimizer(model: Transformer, training: TrainingConfig, dtype: torch.dtype) -> Muon:
+def make_optimizer(model: Transformer, training: TrainingConfig, dtype: torch.dtype,
+                   steps_per_epoch: float = 0) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them.
+
+    Weights fade in 1 / (learning rate x weight decay) steps, best in about an epoch, whatever the batch and
+    the number of stories (Wang & Aitchison 2024, arXiv:2405.13698). Norms have no weight decay.
     """
+    weight_decay = training.weight_decay
+    if weight_decay is None:
+        weight_decay = 1 / (training.learning_rate * max(200, 1.5 * steps_per_epoch))
     by_shape, matrices = defaultdict(list), {p for p in model.layers.parameters() if p.ndim == 2}
     for p in model.parameters():
         by_shape[p.shape, p in matrices].append(p)
     optimizer = Muon([{"params": same, "muon": dtype if is_matrix and training.optimizer == "muon" else None,
-                       "weight_decay": training.weight_decay if len(shape) == 2 else 0.0}
+                       "weight_decay": weight_decay if len(shape) == 2 else 0.0}
                       for (shape, is_matrix), same in by_shape.items()],
                      lr=training.learning_rate, betas=(0.9, 0.98),
                      fused=model.embed_tokens.weight.device.type in ("cpu", "cuda"))
@@ -413,7 +420,7 @@ class Run:
         if source:
             self.model.load_state_dict(source["model"])
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, training, machine.dtype)
+        self.optimizer = make_optimizer(self.model, training, machine.dtype, self.batches.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = State(training.max_steps)
         if checkpoint:
@@ -444,8 +451,7 @@ class Run:
         self.batches = Batches(train_stream.tokens, self.tokenizer.eot_id, training.batch_size,
                                config.model.max_seq_len, training.seed, machine.device, machine.rank,
                                machine.world)
-        epoch = self.batches.windows_per_epoch // training.batch_size  # steps
-        self.eval_interval = training.eval_interval or min(max(100, epoch), 250)
+        self.eval_interval = training.eval_interval or min(max(100, int(self.batches.steps_per_epoch)), 250)
         limit = None if training.eval_batches is None else training.eval_batches * self.tokens_per_step
         self.val_tokens, self.val_bytes = val_stream.head(limit, self.tokenizer)
 
@@ -651,7 +657,8 @@ def evaluate_run(run: Run, grad_norm: float, tokens_per_second: float) -> None:
             "lr": run.optimizer.param_groups[0]["lr"] if state.step else None,
             "val_perplexity": math.exp(min(val_loss, 700)),
             "val_bits_per_byte": val_loss * len(run.val_tokens) / math.log(2) / run.val_bytes,
-            "tokens": state.step * run.tokens_per_step, "epoch": round(run.batches.epoch(state.step), 4),
+            "tokens": state.step * run.tokens_per_step,
+            "epoch": round(state.step / run.batches.steps_per_epoch, 4),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens_per_second": round(tokens_per_second, 1),
             "elapsed_seconds": round(state.elapsed_seconds, 2),
@@ -751,10 +758,11 @@ def describe(run: Run) -> None:
     name = torch.cuda.get_device_name(machine.device) if is_cuda else f"{torch.get_num_threads()} threads"
     device = (f"{machine.device} ({name}), {str(machine.dtype).removeprefix('torch.')} ({machine.reason}), "
               f"torch.compile {'on' if machine.compiles else 'off'}, {machine.world} processes")
-    steps_per_epoch = run.batches.windows_per_epoch / run.config.training.batch_size
+    steps, weight_decay = run.batches.steps_per_epoch, run.optimizer.param_groups[0]["weight_decay"]
     say(f"data: {info['dataset']}, {info['stories']:,} stories, {info['tokens']:,} tokens of the "
-        f"{tokenizer.name} tokenizer ({tokenizer.vocab_size:,}); {steps_per_epoch:,.1f} steps per epoch\n"
-        f"model: {counts['total']:,} parameters, {counts['blocks']:,} of them in the blocks\n"
+        f"{tokenizer.name} tokenizer ({tokenizer.vocab_size:,}); {steps:,.1f} steps per epoch\n"
+        f"model: {counts['total']:,} parameters, {counts['blocks']:,} of them in the blocks; weight decay "
+        f"{weight_decay:.2g}\n"
         f"device: {device.removesuffix(', 1 processes')}")
     if machine.device.type == "cpu" and run.tokens_per_step > 4096:
         say("without a GPU, --preset laptop learns more in the same time")

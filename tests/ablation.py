@@ -124,7 +124,8 @@ VARIANTS = {  # name: (changes to the model, settings that differ from the lapto
 class Trial:
     """One variant with its optimizer; `make_step` makes a step."""
 
-    def __init__(self, name: str, config: Config, machine: Machine, vocab_size: int, seed: int):
+    def __init__(self, name: str, config: Config, machine: Machine, vocab_size: int, seed: int,
+                 steps_per_epoch: float):
         changes, settings = VARIANTS[name]
         config = copy.deepcopy(config)
         for setting in settings.keys() - {"iterations"}:
@@ -136,7 +137,7 @@ class Trial:
         for change in changes:
             change(self.model)
         self.model.to(machine.device)
-        self.optimizer = make_optimizer(self.model, self.training, machine.dtype)
+        self.optimizer = make_optimizer(self.model, self.training, machine.dtype, steps_per_epoch)
         self.optimizer.ITERATIONS = settings.get("iterations", Muon.ITERATIONS)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
@@ -174,7 +175,7 @@ def main() -> None:
                for seed in options.seeds}
 
     def train(name: str, seed: int, steps: int, until: int) -> Trial:
-        trial = Trial(name, config, machine, tokenizer.vocab_size, seed)
+        trial = Trial(name, config, machine, tokenizer.vocab_size, seed, batches[seed].steps_per_epoch)
         for step in range(until):
             trial.make_step(*batches[seed].at(step), step, steps)
         return trial
