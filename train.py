@@ -182,13 +182,13 @@ def make_optimizer(model: Transformer, training: TrainingConfig, dtype: torch.dt
                    steps_per_epoch: float = 0) -> Muon:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms; or AdamW for all of them.
 
-    Weights fade in 1 / (learning rate x weight decay) steps, best in about an epoch, whatever the batch and
-    the number of stories (Wang & Aitchison 2024, arXiv:2405.13698); if epochs are long, in a good part of a
-    run. Norms have no weight decay.
+    Weights fade in 1 / (learning rate x weight decay) steps, best in about an epoch (Wang & Aitchison 2024,
+    arXiv:2405.13698). By default that is one and a half epochs at a rate of 5e-3, but 200 steps at least and
+    5,000 at most. A smaller rate fades them later, so that fine-tuning keeps what it began with.
     """
     weight_decay = training.weight_decay
     if weight_decay is None:
-        weight_decay = 1 / (training.learning_rate * min(max(200, 1.5 * steps_per_epoch), 5000))
+        weight_decay = 200 / min(max(200, 1.5 * steps_per_epoch), 5000)
     by_shape, matrices = defaultdict(list), {p for p in model.layers.parameters() if p.ndim == 2}
     for p in model.parameters():
         by_shape[p.shape, p in matrices].append(p)
