@@ -97,7 +97,7 @@ class TrainingConfig(Section):
     learning_rate: float = 5e-3             # the peak; for adamw 1e-3 is fast and 3e-4 safe
     warmup_steps: int = 50                  # steps of linear warm-up
     decay_fraction: float = 0.6             # the last part of the run, where the rate falls to zero
-    weight_decay: float | None = None       # none: 0.04 to 1.0, the longer an epoch the less
+    weight_decay: float | None = None       # none: 1.0, or less if an epoch has over 133 steps
     grad_clip: float = 1.0                  # the largest gradient norm
     eval_interval: int | None = None        # steps between evaluations; none: 100 to 250, or by time
     eval_batches: int | None = 20           # validation batches at each evaluation; none: all of them
