@@ -514,7 +514,7 @@ def plot_training(log_dirs: list[Path]) -> Path:
         axes.locator_params(axis="x", nbins=4)  # room for six digits
         axes.grid(alpha=0.25)
         if "log scale" in PANELS[name] and axes.dataLim.y1 > 0:  # it is not if every value is missing
-            axes.set_yscale("log", subs=(1.5, 2, 3, 5, 7))  # labels that do not touch
+            axes.set_yscale("log", subs=(2, 5))  # labels that do not touch
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         else:

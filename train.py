@@ -776,7 +776,7 @@ def describe(run: Run) -> None:
     if machine.rank == 0:
         about = {"config": dataclasses.asdict(run.config), "parameters": counts, "dataset": run.dataset,
                  "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size}, "device": device,
-                 "origin": run.origin,
+                 "origin": run.origin, "weight_decay": weight_decay,
                  "python": platform.python_version(), "torch": torch.__version__, "command": sys.argv,
                  "platform": platform.platform(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         with atomic_write(run.log_dir / "run.json") as file:
@@ -810,7 +810,8 @@ def main() -> int:
         describe(run)
         if run.state.step:
             begin = "going on from" if run.state.step < run.state.end else "this run is complete at"
-            say(f"{begin} step {run.state.step:,}, best validation loss {run.state.best_loss:.4f}")
+            best = f", best validation loss {run.state.best_loss:.4f}" if run.state.metrics else ""
+            say(f"{begin} step {run.state.step:,}{best}")
         code = train(run, started=started)
     if code == 0 and run.machine.rank == 0:
         close(run)
